@@ -1,0 +1,3 @@
+"""mace_fast: MACE at the speed of the hardware."""
+
+__version__ = "0.1.0"
