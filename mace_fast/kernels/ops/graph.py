@@ -1,0 +1,107 @@
+"""The edges of a graph, sorted once for gathering and for both directions of summing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_INT32_MAX = 2**31 - 1
+
+
+class EdgeGraph(NamedTuple):
+    """Edges in the caller's order, with the two orders in which kernels walk them. All tensors on one device.
+
+    Attributes:
+        sender: [E] int32, the node an edge gathers from.
+        receiver: [E] int32, the node an edge adds to.
+        order: [E] int32, edges sorted by receiver (stable).
+        row: [num_receivers + 1] int32, where each receiver's edges begin in ``order``.
+        sender_order: [E] int32, edges sorted by sender (stable).
+        sender_row: [num_senders + 1] int32.
+        poison: [1] float32, 0, or NaN when an index was out of range: a result computed with such a graph is NaN
+            throughout. On the CPU such a graph is refused outright.
+    """
+
+    sender: Tensor
+    receiver: Tensor
+    order: Tensor
+    row: Tensor
+    sender_order: Tensor
+    sender_row: Tensor
+    poison: Tensor
+
+    @property
+    def num_edges(self) -> int:
+        return self.sender.shape[0]
+
+    @property
+    def num_receivers(self) -> int:
+        return self.row.shape[0] - 1
+
+    @property
+    def num_senders(self) -> int:
+        return self.sender_row.shape[0] - 1
+
+    def check(self) -> None:
+        """Wait for the device and raise if an index was out of range.
+
+        Raises:
+            ValueError: some sender or receiver does not name a node.
+        """
+        if bool(torch.isnan(self.poison).any()):
+            raise ValueError(_out_of_range(self.num_senders, self.num_receivers))
+
+
+def _out_of_range(num_senders: int, num_receivers: int) -> str:
+    return (
+        f"edge_index holds an index outside [0, {num_senders}) for senders or [0, {num_receivers}) for receivers; "
+        "rebuild the neighbour list for these atoms"
+    )
+
+
+def edge_graph(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int) -> EdgeGraph:
+    """Sort edges by receiver and by sender, on their device and without waiting for it.
+
+    Args:
+        sender, receiver: [E] int32 or int64, in any order, duplicates allowed.
+        num_senders, num_receivers: number of nodes on each side.
+
+    Raises:
+        TypeError: indices are not integers.
+        ValueError: shapes or devices differ, more than 2^31 - 1 edges or nodes, or (on the CPU) an index out of range.
+            On a GPU an index out of range makes every result computed with the graph NaN; ``check()`` names it.
+    """
+    for name, index in (("sender", sender), ("receiver", receiver)):
+        if index.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} has dtype {index.dtype}; edge indices are int32 or int64")
+        if index.dim() != 1:
+            raise ValueError(f"{name} has shape {tuple(index.shape)}; expected [num_edges]")
+    if sender.shape != receiver.shape or sender.device != receiver.device:
+        raise ValueError(
+            f"sender ({tuple(sender.shape)} on {sender.device}) and receiver ({tuple(receiver.shape)} on "
+            f"{receiver.device}) must have one shape and device"
+        )
+    if max(sender.shape[0], num_senders, num_receivers) > _INT32_MAX:
+        raise ValueError("a graph holds at most 2^31 - 1 edges and nodes; split it into several")
+    bad = torch.zeros((), dtype=torch.bool, device=sender.device)
+    if sender.shape[0]:
+        bad = (sender.amin() < 0) | (sender.amax() >= num_senders) | (receiver.amin() < 0) | (receiver.amax() >= num_receivers)
+        if sender.device.type == "cpu" and bool(bad):
+            raise ValueError(_out_of_range(num_senders, num_receivers))
+    poison = torch.where(bad, torch.nan, 0.0).to(torch.float32).reshape(1)
+    if num_senders:
+        sender = sender.clamp(0, num_senders - 1)
+    order, row = _sort(receiver, num_receivers)
+    sender_order, sender_row = _sort(sender, num_senders)
+    return EdgeGraph(
+        sender.to(torch.int32), receiver.to(torch.int32), order, row, sender_order, sender_row, poison
+    )
+
+
+def _sort(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(order, row pointer) of a stable sort of the index."""
+    values, order = torch.sort(index, stable=True)
+    rows = torch.arange(count + 1, device=index.device, dtype=values.dtype)
+    return order.to(torch.int32), torch.searchsorted(values, rows).to(torch.int32)

@@ -1,0 +1,269 @@
+"""C++ text for a channelwise tensor product: the generated lists of blocks and paths, and a few entry points.
+
+The algorithms are in headers/channelwise_conv.cuh (CUDA) and headers/channelwise_conv.h (CPU).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from mace_fast.kernels.build import CpuSource, CudaSource
+from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
+from mace_fast.kernels.plan.channelwise import ChannelwisePlan, PlannedPath, SegmentPlan, Slot, plan
+from mace_fast.kernels.plan.coupling import of_path
+from mace_fast.kernels.source.text import header, indent
+
+CPU_TILE = 16
+
+CUDA_OPTIONS = ("-default-device",)
+"""NVRTC 13.0 takes the body of a generic lambda for host code without it; later versions do not."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which kernel of a description: the number kind, forward or backward, and which gradients backward writes."""
+
+    dual: bool
+    backward: bool
+    want_x: bool = False
+    want_y: bool = False
+    want_w: bool = False
+
+    @property
+    def entry(self) -> str:
+        wants = "".join(name for name, want in zip("xyw", (self.want_x, self.want_y, self.want_w), strict=True) if want)
+        return f"channelwise_{'backward_' + wants if self.backward else 'forward'}{'_tangent' if self.dual else ''}"
+
+
+def _terms(target: str, terms: list[str]) -> str:
+    return f"{target} = {' + '.join(terms) if terms else '0'};"
+
+
+def _path_struct(path: PlannedPath, name: str) -> str:
+    """The constants and the straight-line code of one path."""
+    flat, structure = path.flat, of_path(path.flat)
+
+    def y(j: int) -> int:
+        return flat.y_offset + j * flat.y_stride
+
+    def literal(value: float) -> str:
+        return f"T({value.hex()})"
+
+    couple = [
+        _terms(f"m[{q}]", [f"{literal(value)} * y[{y(j)}]" for j, value in entry])
+        for q, entry in enumerate(structure.entries)
+    ]
+    forward = [f"z[{use.k}] {'+' if use.sign > 0 else '-'}= x[{use.i}] * m[{use.entry}];" for use in structure.uses]
+    transpose = []
+    for i in range(2 * flat.l1 + 1):
+        terms = [f"{'' if u.sign > 0 else '-'}g[{u.k}] * m[{u.entry}]" for u in structure.uses if u.i == i]
+        transpose.append(_terms(f"t[{i}]", terms) if terms else f"t[{i}] = zero(t[{i}]);")
+    gradient = []
+    products: dict[tuple[int, int], list[tuple[int, float]]] = {}
+    for i, j, k, value in structure.triples:
+        products.setdefault((i, k), []).append((j, value))
+    for (i, k), uses in products.items():
+        gradient.append(f"{{ const N p = x[{i}] * g[{k}];")
+        gradient.extend(f"  dy[{y(j)}] += p * {literal(value)};" for j, value in uses)
+        gradient.append("}")
+    constants = {
+        "INDEX": path.index,
+        "WARP": path.warp,
+        "MUL": flat.mul,
+        "X": path.x,
+        "DX": 2 * flat.l1 + 1,
+        "X_OFFSET": flat.x_offset,
+        "Z": path.z,
+        "DZ": 2 * flat.l3 + 1,
+        "Z_OFFSET": flat.z_offset,
+        "Y": flat.y_offset,
+        "DY": 2 * flat.l2 + 1,
+        "Y_STRIDE": flat.y_stride,
+        "M": path.m,
+        "FORMS": len(structure.entries),
+        "PADDED": path.padded,
+        "W": flat.w_offset,
+        "W_STRIDE": flat.w_stride,
+    }
+    lines = [
+        f"struct {name} {{  // l = {flat.l1} x {flat.l2} -> {flat.l3}",
+        "    static constexpr int " + ", ".join(f"{key} = {value}" for key, value in constants.items()) + ";",
+        f"    static constexpr bool WEIGHTED = {'true' if flat.weighted else 'false'};",
+        "    template <class V> MF_INLINE static void couple(const V* y, V* m) {",
+        *indent(couple, 8),
+        "    }",
+        "    template <class N, class M_> MF_INLINE static void forward(const N* x, const M_* m, N* z) {",
+        *indent(forward, 8),
+        "    }",
+        "    template <class N, class V> MF_INLINE static void transpose(const V* g, const N* m, N* t) {",
+        *indent(transpose, 8),
+        "    }",
+        "    template <class N, class V> MF_INLINE static void couple_gradient(const N* x, const V* g, N* dy) {",
+        *indent(gradient, 8),
+        "    }",
+        "};",
+    ]
+    return "\n".join(lines)
+
+
+def _slot_struct(slot: Slot, name: str) -> str:
+    return (
+        f"struct {name} {{ static constexpr int BASE = {slot.base}, DIM = {slot.dim}, MUL = {slot.mul}, "
+        f"OFFSET = {slot.offset}; static constexpr bool FRESH = {'true' if slot.fresh else 'false'}; }};"
+    )
+
+
+def _segment_struct(
+    number: int, segment: SegmentPlan, layout: ChannelwisePlan, description: ChannelwiseTensorProduct, tile: int
+) -> str:
+    parts = [f"namespace segment{number} {{"]
+    lists = {}
+    for kind, slots in (("X", segment.x), ("Z", segment.z)):
+        names = [f"{kind}{i}" for i in range(len(slots))]
+        parts += [_slot_struct(slot, name) for slot, name in zip(slots, names, strict=True)]
+        lists[kind] = ", ".join(names)
+    parts += [_path_struct(path, f"Path{i}") for i, path in enumerate(segment.paths)]
+    lists["Paths"] = ", ".join(f"Path{i}" for i in range(len(segment.paths)))
+    forms = sum(path.padded for path in segment.paths)
+    constants = {
+        "NX": segment.x_registers,
+        "NZ": segment.z_registers,
+        "NY": description.y_dim,
+        "NW": max(path.index for path in segment.paths) + 1,
+        "NUMEL": description.weight_numel,
+        "FORMS": forms,
+        "STRIDE": segment.stride,
+        "TILE": tile,
+        "WARPS": layout.warps,
+    }
+    parts += [
+        "struct Segment {",
+        "    typedef problem::T T;",
+        *(f"    typedef mf::List<{names}> {kind}_;" for kind, names in lists.items()),
+        "    typedef X_ X; typedef Z_ Z; typedef Paths_ Paths;",
+        "    static constexpr int " + ", ".join(f"{key} = {value}" for key, value in constants.items()) + ";",
+        f"    static constexpr bool EXACT = {'true' if layout.exact else 'false'};",
+        "};",
+        f"}}  // namespace segment{number}",
+    ]
+    return "\n".join(parts)
+
+
+def _ctype(item_bytes: int) -> str:
+    return {4: "float", 8: "double"}[item_bytes]
+
+
+def _wants(variant: Variant) -> str:
+    return ", ".join("true" if want else "false" for want in (variant.want_x, variant.want_y, variant.want_w))
+
+
+@lru_cache(maxsize=512)
+def cuda_source(description: ChannelwiseTensorProduct, item_bytes: int, variant: Variant) -> CudaSource:
+    """One CUDA translation unit: a kernel ``<variant.entry>_<segment>`` for every segment of the plan."""
+    layout = plan(description, item_bytes, variant.dual)
+    ctype = _ctype(item_bytes)
+    dual = "true" if variant.dual else "false"
+    text = [
+        '#include "channelwise_conv.cuh"',
+        f"namespace problem {{\ntypedef {ctype} T;",
+        "template <class V> MF_INLINE V zero(V) { return V(); }",
+        *(_segment_struct(i, s, layout, description, s.tile) for i, s in enumerate(layout.segments)),
+        "}  // namespace problem",
+    ]
+    operands = (
+        "const T* x, const T* y, const T* w, const T* x_tangent, const T* y_tangent, const T* w_tangent, "
+        "long long x_row, long long y_row, long long w_row"
+    )
+    graph = "const int* order, const int* row, const int* sender, const float* poison, long long receivers, long long run"
+    setup = [
+        "    const mf::Graph graph{order, row, sender, poison, receivers, run};",
+        "    const mf::Operands<T> in{x, y, w, x_row, y_row, w_row}, "
+        "tangent{x_tangent, y_tangent, w_tangent, x_row, y_row, w_row};",
+    ]
+    entries = []
+    bounds = layout.warps * 32 * layout.groups
+    for number in range(len(layout.segments)):
+        entry = f"{variant.entry}_{number}"
+        entries.append(entry)
+        segment = f"problem::segment{number}::Segment"
+        if variant.backward:
+            outputs = "const T* g, long long g_row, T* dx, T* dy, T* dw, long long edges, int accumulate"
+            call = (
+                f"mf::conv_backward<{segment}, {dual}, {_wants(variant)}>"
+                "(graph, in, tangent, g, g_row, dx, dy, dw, edges, accumulate != 0);"
+            )
+        else:
+            outputs = "T* z, long long z_row"
+            call = f"mf::conv_forward<{segment}, {dual}>(graph, in, tangent, z, z_row);"
+        text += [
+            f'extern "C" __global__ void __launch_bounds__({bounds}) {entry}({graph}, {operands}, {outputs}) {{'.replace(
+                "T*", f"{ctype}*"
+            ),
+            *(line.replace("<T>", f"<{ctype}>") for line in setup),
+            f"    {call}",
+            "}",
+        ]
+    headers = (("number.h", header("number.h")), ("channelwise_conv.cuh", header("channelwise_conv.cuh")))
+    return CudaSource(variant.entry, "\n".join(text) + "\n", headers, tuple(entries), CUDA_OPTIONS)
+
+
+@lru_cache(maxsize=512)
+def cpu_source(description: ChannelwiseTensorProduct, item_bytes: int, variant: Variant) -> CpuSource:
+    """One C++ translation unit with the extern "C" function ``<variant.entry>``. The CPU needs no segments."""
+    layout = plan(description, item_bytes, variant.dual)
+    ctype = _ctype(item_bytes)
+    dual = "true" if variant.dual else "false"
+    merged = _one_segment(layout)
+    outputs = (
+        "const T* g, long long g_row, T* dx, T* dy, T* dw" if variant.backward else "T* z, long long z_row"
+    )
+    call = (
+        f"mf::conv_backward<problem::segment0::Segment, {dual}, {_wants(variant)}>"
+        "(graph, in, tangent, g, g_row, dx, dy, dw, threads);"
+        if variant.backward
+        else f"mf::conv_forward<problem::segment0::Segment, {dual}>(graph, in, tangent, z, z_row, threads);"
+    )
+    text = [
+        '#include "channelwise_conv.h"',
+        f"namespace problem {{\ntypedef {ctype} T;",
+        "template <class V> MF_INLINE V zero(V) { return V{}; }",
+        _segment_struct(0, merged, layout, description, CPU_TILE),
+        "}  // namespace problem",
+        "typedef problem::T T;",
+        f'extern "C" __attribute__((visibility("default"))) void {variant.entry}(const int* order, const int* row, '
+        "const int* sender, float poison, long long receivers, const T* x, const T* y, const T* w, const T* x_tangent, "
+        "const T* y_tangent, const T* w_tangent, long long x_row, long long y_row, long long w_row, "
+        f"{outputs}, int threads) {{",
+        "    const mf::Graph graph{order, row, sender, poison, receivers};",
+        "    const mf::Operands<T> in{x, y, w, x_row, y_row, w_row}, "
+        "tangent{x_tangent, y_tangent, w_tangent, x_row, y_row, w_row};",
+        f"    {call}",
+        "}",
+    ]
+    headers = (("number.h", header("number.h")), ("channelwise_conv.h", header("channelwise_conv.h")))
+    return CpuSource(variant.entry, "\n".join(text) + "\n", headers)
+
+
+def _one_segment(layout: ChannelwisePlan) -> SegmentPlan:
+    """All segments as one, forms and registers renumbered: the CPU walks path by path and keeps only one in registers."""
+    x: dict[int, Slot] = {}
+    z: dict[int, Slot] = {}
+    paths = []
+    x_used = z_used = m_used = 0
+    for segment in layout.segments:
+        for slot in segment.x:
+            if slot.offset not in x:
+                x[slot.offset] = Slot(x_used, slot.dim, slot.mul, slot.offset)
+                x_used += slot.dim
+        for slot in segment.z:
+            z[slot.offset] = Slot(z_used, slot.dim, slot.mul, slot.offset)
+            z_used += slot.dim
+        for path in segment.paths:
+            paths.append(
+                PlannedPath(
+                    path.flat, path.index, x[path.flat.x_offset].base, z[path.flat.z_offset].base, m_used, path.padded, 0
+                )
+            )
+            m_used += path.padded
+    return SegmentPlan(tuple(x.values()), tuple(z.values()), tuple(paths), m_used, CPU_TILE)

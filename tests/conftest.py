@@ -1,0 +1,38 @@
+"""Fixtures shared by all tests: fresh random seeds that are printed on failure, and the GPU marker."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+# e3nn 0.4 reads its constants with torch.load; torch 2.6 and later need this before its first import.
+os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A fresh seed for each run; MACE_FAST_TEST_SEED repeats a failure. pytest shows it when the test fails."""
+    value = int(os.environ.get("MACE_FAST_TEST_SEED", secrets.randbits(31)))
+    print(f"seed {value} (repeat with MACE_FAST_TEST_SEED={value})")
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """NumPy generator from the printed seed."""
+    return np.random.default_rng(seed)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped, and counted as such, only where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device on this machine; run scripts/test-gpu on one that has it")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
