@@ -1,0 +1,193 @@
+"""Convolution kernels beside their peers, in one process: forward, backward and double backward.
+
+    python benchmarks/conv.py                         # all problems on the diamond graph, every peer that is installed
+    python benchmarks/conv.py --problems medium-L2 --backends mace_fast e3nn --dtypes float64 --graphs star
+
+Each backend's results are compared with mace_fast's in the same run before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # e3nn 0.4 under torch 2.6 and later
+
+import torch
+from e3nn import o3
+from torch import Tensor
+
+from benchmarks.graphs import GRAPHS
+from benchmarks.problems import PROBLEMS, Problem
+from benchmarks.timing import copy_bandwidth, device_name, median_ms, peak_memory_mib
+from mace_fast.kernels import channelwise_tp_conv, edge_graph
+
+Conv = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _ours(problem: Problem, nodes: int, sender: Tensor, receiver: Tensor, dtype: torch.dtype) -> Conv:
+    description = problem.description()
+    graph = edge_graph(sender, receiver, nodes, nodes)
+    return lambda x, y, w: channelwise_tp_conv(description, x, y, w, graph)
+
+
+def _peer(backend: str, problem: Problem, nodes: int, sender: Tensor, receiver: Tensor, dtype: torch.dtype) -> Conv:
+    """A peer behind mace-torch's own wrapper, in its fastest mode; mul_ir for e3nn and OpenEquivariance."""
+    from mace.modules.wrapper_ops import CuEquivarianceConfig, OEQConfig, TensorProduct
+    from mace.tools.scatter import scatter_sum
+
+    irreps_out, instructions = problem.instructions()
+    options = {}
+    if backend == "cueq":
+        options["cueq_config"] = CuEquivarianceConfig(
+            enabled=True, layout="ir_mul", group="O3_e3nn", optimize_all=True, conv_fusion=True
+        )
+    elif backend.startswith("oeq"):
+        fusion = "deterministic" if backend == "oeq-det" else "atomic"
+        options["oeq_config"] = OEQConfig(enabled=True, optimize_all=True, conv_fusion=fusion)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        product = TensorProduct(
+            o3.Irreps(problem.node_irreps),
+            problem.edge_irreps,
+            irreps_out,
+            instructions=instructions,
+            shared_weights=False,
+            internal_weights=False,
+            **options,
+        ).to(sender.device, dtype)
+    finally:
+        torch.set_default_dtype(default)
+    edge_index = torch.stack([sender, receiver])
+    if backend == "e3nn":
+        return lambda x, y, w: scatter_sum(product(x[sender], y, w), receiver, dim=0, dim_size=nodes)
+    return lambda x, y, w: product(x, y, w, edge_index)
+
+
+def _to_mul_ir(x: Tensor, irreps: o3.Irreps) -> Tensor:
+    """ir_mul -> mul_ir, for comparing and for feeding peers the same numbers."""
+    blocks = [x[:, s].reshape(-1, ir.dim, mul).transpose(1, 2).reshape(x.shape[0], -1) for (mul, ir), s in zip(irreps, irreps.slices(), strict=True)]
+    return torch.cat(blocks, 1)
+
+
+def measure(problem: Problem, backend: str, graph: str, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
+    """One row: times in ms, peak memory and the difference from mace_fast."""
+    nodes, sender, receiver = GRAPHS[graph]()
+    sender, receiver = sender.to(device), receiver.to(device)
+    d, edges = problem.description(), sender.shape[0]
+    row: dict[str, object] = {
+        "problem": problem.name,
+        "backend": backend,
+        "graph": graph,
+        "dtype": str(dtype).removeprefix("torch."),
+        "nodes": nodes,
+        "edges": edges,
+        "weight_numel": d.weight_numel,
+    }
+    torch.manual_seed(0)
+    ours = _ours(problem, nodes, sender, receiver, dtype)
+    conv = ours if backend == "mace_fast" else _peer(backend, problem, nodes, sender, receiver, dtype)
+    x = torch.randn(nodes, d.x_dim, dtype=dtype, device=device)
+    y, w = (torch.randn(edges, n, dtype=dtype, device=device) for n in (d.y_dim, d.weight_numel))
+    if backend != "mace_fast":
+        expected = ours(x, y, w)
+        if backend != "cueq":
+            x, expected = _to_mul_ir(x, o3.Irreps(problem.node_irreps)), _to_mul_ir(expected, problem.instructions()[0])
+        got = conv(x, y, w)
+        difference = float((got - expected).norm() / expected.norm())
+        row["rel_difference"] = difference
+        if not difference < (1e-5 if dtype == torch.float32 else 1e-12):
+            raise AssertionError(f"{backend} and mace_fast differ by {difference:.1e} on {problem.name}")
+        del got, expected
+    for t in (x, y, w):
+        t.requires_grad_()
+    g = torch.randn(nodes, d.z_dim, dtype=dtype, device=device, requires_grad=True)
+    a, b, c = (torch.randn_like(t) for t in (x, y, w))
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return conv(x, y, w)
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(conv(x, y, w), (x, y, w), g.detach())
+
+    def double_backward() -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(conv(x, y, w), (x, y, w), g, create_graph=True)
+        return torch.autograd.grad(first, (x, y, w, g), (a, b, c))
+
+    for key, call in (("fwd", forward), ("fwdbwd", backward), ("fwdbwdbwd", double_backward)):
+        try:
+            row[f"{key}_ms"] = round(median_ms(call, device), 4)
+            memory = peak_memory_mib(call, device)
+            row[f"{key}_mib"] = None if memory is None else round(memory, 1)
+        except torch.cuda.OutOfMemoryError:
+            row["error"] = f"out of memory in {key}"
+            break
+    return row
+
+
+def floor_ms(problem: Problem, nodes: int, edges: int, dtype: torch.dtype, bandwidth: float) -> dict[str, float]:
+    """Time of the bytes that must move: every input read once and every output written once in each pass."""
+    d = problem.description()
+    x, y, w, z = nodes * d.x_dim, edges * d.y_dim, edges * d.weight_numel, nodes * d.z_dim
+    inputs = x + y + w
+    forward = inputs + z
+    backward = inputs + z + inputs
+    double = (inputs + z) + inputs + inputs + z
+    unit = dtype.itemsize / bandwidth * 1e3
+    return {"fwd": forward * unit, "fwdbwd": (forward + backward) * unit, "fwdbwdbwd": (forward + backward + double) * unit}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
+    parser.add_argument("--backends", nargs="+", default=["mace_fast", "e3nn", "cueq", "oeq", "oeq-det"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "float64"])
+    parser.add_argument("--graphs", nargs="+", default=["diamond"], choices=list(GRAPHS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=None, help="write JSON rows here")
+    args = parser.parse_args()
+    device = torch.device(args.device, 0 if args.device == "cuda" else None) if args.device != "cpu" else torch.device("cpu")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    bandwidth = copy_bandwidth(device)
+    print(f"{device_name(device)}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
+    rows = []
+    for graph in args.graphs:
+        for name in args.problems:
+            for dtype_name in args.dtypes:
+                for backend in args.backends:
+                    dtype = getattr(torch, dtype_name)
+                    try:
+                        row = measure(PROBLEMS[name], backend, graph, dtype, device)
+                    except (ImportError, RuntimeError, NotImplementedError, TypeError) as error:
+                        if backend == "mace_fast":
+                            raise
+                        row = {"problem": name, "backend": backend, "graph": graph, "dtype": dtype_name, "error": str(error)[:200]}
+                    if "fwd_ms" in row:
+                        floors = floor_ms(PROBLEMS[name], int(row["nodes"]), int(row["edges"]), dtype, bandwidth)
+                        row["floor_fraction"] = {
+                            k: round(v / float(row[f"{k}_ms"]), 3) for k, v in floors.items() if f"{k}_ms" in row
+                        }
+                    rows.append(row)
+                    print(
+                        f"{graph:10} {name:10} {dtype_name:8} {backend:10} "
+                        + "  ".join(f"{k} {row.get(k + '_ms', '-')!s:>8}" for k in ("fwd", "fwdbwd", "fwdbwdbwd"))
+                        + f"  floor {row.get('floor_fraction', row.get('error', ''))}",
+                        flush=True,
+                    )
+                    gc.collect()
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        result = {"device": device_name(device), "torch": torch.__version__, "copy_TBs": round(bandwidth / 1e12, 3), "rows": rows}
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

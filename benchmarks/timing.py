@@ -1,0 +1,59 @@
+"""Timing and bandwidth on a GPU or CPU: medians after warm-up, measured ceilings, device names."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def device_name(device: torch.device) -> str:
+    """What a figure is reported beside."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def median_ms(call: Callable[[], object], device: torch.device, *, budget_s: float = 1.0, warmup: int = 3) -> float:
+    """Median time of ``call`` in ms: CUDA events, or the wall clock on a CPU."""
+    for _ in range(warmup):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < 5 or (time.perf_counter() - started < budget_s and len(times) < 50):
+        if device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        else:
+            begin_s = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - begin_s) * 1e3)
+    return statistics.median(times)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a large device-to-device copy, bytes read and written."""
+    source = torch.empty(2**28 if device.type == "cuda" else 2**24, dtype=torch.float32, device=device).normal_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / (median_ms(lambda: target.copy_(source), device) * 1e-3)
+
+
+def peak_memory_mib(call: Callable[[], object], device: torch.device) -> float | None:
+    """Device memory that ``call`` takes above what is allocated before it."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
