@@ -1,0 +1,163 @@
+"""From the outputs of two models to rows of the report: one for each quantity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from mace_fast.verification.criterion import (
+    Part,
+    Verdict,
+    judge_float32,
+    judge_float64,
+    judge_tensors_float32,
+    reference_error_float32,
+)
+from mace_fast.verification.evaluate import PARAMETER_GRADIENT, Outputs
+from mace_fast.verification.graphs import Batch
+from mace_fast.verification.report import QuantityRow, dtype_name
+from mace_fast.verification.terms import TermScales
+
+ReferenceIn = Callable[[torch.dtype], Outputs]
+"""The reference's outputs in a dtype, evaluated when first asked for."""
+
+
+def call_failed(mode: str, dtype: torch.dtype, error: Exception) -> QuantityRow:
+    """The candidate raised where the reference gave results."""
+    return _failed(mode, "call", dtype, f"the candidate raises {type(error).__name__}: {error}")
+
+
+def compare_quantities(
+    mode: str,
+    batch: Batch,
+    terms: TermScales,
+    dtype: torch.dtype,
+    reference: ReferenceIn,
+    outputs: Outputs,
+    typical: Callable[[str], float],
+) -> Iterator[QuantityRow]:
+    """A row for each output of the reference, and one for all parameter gradients together.
+
+    ``typical`` gives the reference's relative float32 error of a quantity over all structures.
+    """
+    oracle = reference(torch.float64)
+    prefix = f"{PARAMETER_GRADIENT}:"
+    for quantity in oracle:
+        if quantity.startswith(prefix):
+            continue
+        problem = _shape_problem(oracle, outputs, quantity)
+        if problem:
+            yield _failed(mode, quantity, dtype, problem)
+            continue
+        if dtype == torch.float32:
+            parts = _parts(quantity, batch, terms, oracle, outputs, reference(torch.float32))
+            verdict = judge_float32(parts, typical(quantity))
+        else:
+            parts = _parts(quantity, batch, terms, oracle, outputs, None)
+            verdict = judge_float64(parts)
+            if not verdict.passed:
+                noisy = _parts(quantity, batch, terms, oracle, outputs, reference(torch.float32))
+                verdict = judge_float64(parts, _errors(noisy))
+        yield _row(mode, quantity, dtype, verdict)
+    names = [key for key in oracle if key.startswith(prefix)]
+    problems = [
+        f"{key.removeprefix(prefix)}: {problem}"
+        for key in names
+        if (problem := _shape_problem(oracle, outputs, key))
+    ]
+    if problems:
+        yield _failed(mode, PARAMETER_GRADIENT, dtype, f"{len(problems)} differ, the first: {problems[0]}")
+    elif any(oracle[key].numel() for key in names):
+        yield _row(
+            mode, PARAMETER_GRADIENT, dtype, _judge_gradients(names, prefix, dtype, reference, outputs)
+        )
+
+
+def reference_errors(batch: Batch, terms: TermScales, oracle: Outputs, float32: Outputs) -> dict[str, float]:
+    """The reference's relative float32 error of each quantity over all structures of a batch."""
+    errors = {
+        quantity: reference_error_float32(_parts(quantity, batch, terms, oracle, float32, float32))
+        for quantity in oracle
+    }
+    # Second derivatives round no less than first ones, and there is but one small Hessian to measure them by.
+    return {**errors, "hessian": errors.get("forces", 0.0)}
+
+
+def _parts(
+    quantity: str, batch: Batch, terms: TermScales, oracle: Outputs, outputs: Outputs, other: Outputs | None
+) -> list[Part]:
+    """A part for each structure; ``other`` holds what the reference computes in the candidate's dtype."""
+    rows = _rows_of_structures(oracle[quantity], batch)
+    reference = None if other is None else other[quantity]
+    if rows is None:
+        name = batch.graphs[0].name if batch.num_graphs == 1 else "all structures"
+        return [Part(name, oracle[quantity], outputs[quantity], reference)]
+    return [
+        Part(
+            graph.name,
+            oracle[quantity][index],
+            outputs[quantity][index],
+            None if reference is None else reference[index],
+            float(scale),
+        )
+        for graph, index, scale in zip(batch.graphs, rows, terms.of_quantity(quantity), strict=True)
+    ]
+
+
+def _judge_gradients(
+    names: list[str], prefix: str, dtype: torch.dtype, reference: ReferenceIn, outputs: Outputs
+) -> Verdict:
+    def parts(other: Outputs | None) -> list[Part]:
+        oracle = reference(torch.float64)
+        return [
+            Part(key.removeprefix(prefix), oracle[key], outputs[key], None if other is None else other[key])
+            for key in names
+            if oracle[key].numel()
+        ]
+
+    if dtype == torch.float32:
+        return judge_tensors_float32(parts(reference(torch.float32)), independent=False)
+    verdict = judge_float64(parts(None))
+    if not verdict.passed:
+        verdict = judge_float64(parts(None), _errors(parts(reference(torch.float32))))
+    return verdict
+
+
+def _errors(parts: list[Part]) -> list[float]:
+    """Distance of the reference's float32 to its float64, part by part."""
+    return [
+        float(torch.linalg.vector_norm(part.reference - part.oracle))
+        for part in parts
+        if part.reference is not None
+    ]
+
+
+def _rows_of_structures(values: torch.Tensor, batch: Batch) -> list[torch.Tensor] | None:
+    """Which rows belong to each structure; None where rows are neither atoms nor structures."""
+    owner = batch.tensors["batch"]
+    if values.dim() == 0:
+        return None
+    if values.shape[0] == owner.shape[0]:
+        return [torch.nonzero(owner == index).flatten() for index in range(batch.num_graphs)]
+    if values.shape[0] == batch.num_graphs:
+        return [torch.tensor([index]) for index in range(batch.num_graphs)]
+    return None
+
+
+def _shape_problem(oracle: Outputs, outputs: Outputs, key: str) -> str | None:
+    if key not in outputs:
+        if key.startswith(PARAMETER_GRADIENT):
+            return "no parameter of this name requires a gradient in the candidate"
+        return "the candidate does not return it"
+    if outputs[key].shape != oracle[key].shape:
+        return f"shape {tuple(outputs[key].shape)} instead of {tuple(oracle[key].shape)}"
+    return None
+
+
+def _row(mode: str, quantity: str, dtype: torch.dtype, verdict: Verdict) -> QuantityRow:
+    return QuantityRow(mode=mode, quantity=quantity, dtype=dtype_name(dtype), **vars(verdict))
+
+
+def _failed(mode: str, quantity: str, dtype: torch.dtype, note: str) -> QuantityRow:
+    return QuantityRow(mode, quantity, dtype_name(dtype), "", 0.0, float("inf"), 0.0, 0.0, False, note)
