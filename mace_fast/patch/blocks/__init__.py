@@ -1,0 +1,1 @@
+"""One fast module for each block that is replaced."""

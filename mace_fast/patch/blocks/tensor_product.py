@@ -1,0 +1,144 @@
+"""A plain e3nn tensor product whose paths are all 'uvu', in any module built on e3nn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, Segment
+from mace_fast.kernels.ops.channelwise import channelwise_tp
+from mace_fast.patch.blocks.base import FastModule, random_tensor
+from mace_fast.patch.understand import read_channelwise, require_own_forward
+
+Weight = torch.Tensor | Sequence[torch.Tensor] | None
+
+
+class FastTensorProduct(FastModule[ChannelwiseTensorProduct]):
+    """``e3nn.o3.TensorProduct`` with paths of mode 'uvu': same arguments, ``mul_ir`` order at its boundary.
+
+    Weights are internal, shared, or one set per sample; paths without weights are allowed among the others.
+    What is not the forward (``right``, ``weight_views`` ...) is the original's.
+    """
+
+    weight: torch.Tensor
+    weight_numel: int
+    shared_weights: bool
+    internal_weights: bool
+    instructions: list[Any]
+
+    @classmethod
+    def plan(cls, original: torch.nn.Module) -> ChannelwiseTensorProduct:
+        require_own_forward("tensor product", original)
+        return read_channelwise("tensor product", original)
+
+    @classmethod
+    def kernels_of(cls, plan: ChannelwiseTensorProduct) -> str:
+        return f"channelwise_tp ({len(plan.paths)} paths)"
+
+    def example(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        plan = self._plan
+        inputs = {
+            "x": random_tensor(generator, 24, plan.x_dim),
+            "y": random_tensor(generator, 24, plan.y_dim),
+        }
+        if plan.weight_numel > 0 and not self.internal_weights:
+            shape = (plan.weight_numel,) if self.shared_weights else (24, plan.weight_numel)
+            inputs["weight"] = random_tensor(generator, *shape)
+        return inputs
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, weight: Weight = None) -> torch.Tensor:
+        """x [..., irreps_in1.dim] times y [..., irreps_in2.dim], giving [..., irreps_out.dim].
+
+        Args:
+            x, y: leading dimensions broadcast against each other, and against those of weights that are not
+                shared.
+            weight: flat weights, [weight_numel] if shared or else [..., weight_numel], or a list with one
+                tensor a path; None for the internal ones.
+
+        Raises:
+            ValueError: weights are missing, or a shape is wrong.
+            TypeError: dtypes differ.
+        """
+        plan = self._plan
+        weights = self._flat_weights(weight, x)
+        leading = [x.shape[:-1], y.shape[:-1]] + ([] if self.shared_weights else [weights.shape[:-1]])
+        batch = torch.broadcast_shapes(*leading)
+        if not self.shared_weights:
+            weights = _rows(weights, batch, plan.weight_numel, "weight")
+        z = channelwise_tp(
+            plan,
+            to_ir_mul(_rows(x, batch, plan.x_dim, "x"), plan.x),
+            to_ir_mul(_rows(y, batch, plan.y_dim, "y"), plan.y),
+            weights,
+        )
+        return to_mul_ir(z, plan.z).reshape(*batch, plan.z_dim)
+
+    def _flat_weights(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
+        if weight is None:
+            if self.weight_numel == 0:
+                return x.new_empty(0)
+            if not self.internal_weights:
+                raise ValueError("weight is missing: this tensor product has no internal weights")
+            return self.weight
+        if not isinstance(weight, torch.Tensor):
+            sizes = [math.prod(ins.path_shape) for ins in self.instructions if ins.has_weight]
+            lead = () if self.shared_weights else (-1,)
+            weight = torch.cat(
+                [part.reshape(*lead, size) for part, size in zip(weight, sizes, strict=True)], dim=-1
+            )
+        if self.shared_weights and weight.shape != (self.weight_numel,):
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)}; shared weights are [{self.weight_numel}]"
+            )
+        if not self.shared_weights and weight.dim() < 2:
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)}; it must be [..., {self.weight_numel}], one set a "
+                "sample"
+            )
+        return weight
+
+    def right(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """e3nn's partial evaluation, by e3nn."""
+        original: Any = self._original[0]
+        result: torch.Tensor = original.right(*args, **kwargs)
+        return result
+
+    def weight_views(self, *args: Any, **kwargs: Any) -> Any:
+        """e3nn's views of the weights of each path."""
+        original: Any = self._original[0]
+        return original.weight_views(*args, **kwargs)
+
+    def weight_view_for_instruction(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """e3nn's view of the weights of one path."""
+        original: Any = self._original[0]
+        view: torch.Tensor = original.weight_view_for_instruction(*args, **kwargs)
+        return view
+
+
+def _rows(tensor: torch.Tensor, batch: Sequence[int], width: int, name: str) -> torch.Tensor:
+    """[..., width] as [rows, width], leading dimensions broadcast."""
+    if tensor.shape[-1] != width:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; its last dimension must be {width}")
+    return tensor.expand(*batch, width).reshape(math.prod(batch), width)
+
+
+def to_ir_mul(rows: torch.Tensor, blocks: Sequence[Segment]) -> torch.Tensor:
+    """Rows [B, dim] from e3nn's order, block [multiplicity, 2l+1], to [2l+1, multiplicity]."""
+    return _transposed(rows, [(mul, 2 * degree + 1) for mul, degree in blocks])
+
+
+def to_mul_ir(rows: torch.Tensor, blocks: Sequence[Segment]) -> torch.Tensor:
+    """The inverse of :func:`to_ir_mul`."""
+    return _transposed(rows, [(2 * degree + 1, mul) for mul, degree in blocks])
+
+
+def _transposed(rows: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> torch.Tensor:
+    if all(1 in shape for shape in shapes):
+        return rows
+    parts = rows.split([a * b for a, b in shapes], dim=1)
+    return torch.cat(
+        [p.unflatten(1, s).transpose(1, 2).flatten(1) for p, s in zip(parts, shapes, strict=True)], dim=1
+    )

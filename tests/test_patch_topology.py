@@ -1,0 +1,101 @@
+"""The memo of edges and species: right for every tensor that is not the one it remembers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from mace_fast.patch.blocks.topology import TopologyMemo, without_species_gradient
+
+
+def _edges(rng: np.random.Generator, nodes: int = 6, edges: int = 20) -> torch.Tensor:
+    return torch.tensor(rng.integers(nodes, size=(2, edges)))
+
+
+def test_same_tensor_is_remembered(rng: np.random.Generator) -> None:
+    memo, edges = TopologyMemo(), _edges(rng)
+    first = memo.topology(edges, 6, fresh=False)
+    assert memo.topology(edges, 6, fresh=False) is first
+    assert memo.topology(edges, 6, fresh=True) is not first
+
+
+def test_anything_else_is_not(rng: np.random.Generator) -> None:
+    memo, edges = TopologyMemo(), _edges(rng)
+    first = memo.topology(edges, 6, fresh=False)
+    assert memo.topology(edges.clone(), 6, fresh=False) is not first
+    first = memo.topology(edges, 6, fresh=False)
+    assert memo.topology(edges, 7, fresh=False) is not first  # another number of nodes
+    first = memo.topology(edges, 6, fresh=False)
+    edges[0, 0] = 5 - edges[0, 0]  # written in place
+    second = memo.topology(edges, 6, fresh=False)
+    assert second is not first and int(second.graph.sender[0]) == int(edges[0, 0])
+    edges.data = _edges(rng)  # another storage under the same object
+    assert memo.topology(edges, 6, fresh=False) is not second
+
+
+def test_a_dead_tensor_is_forgotten(rng: np.random.Generator) -> None:
+    memo, edges = TopologyMemo(), _edges(rng)
+    memo.topology(edges, 6, fresh=False)
+    source = memo._graph.source  # type: ignore[union-attr]
+    del edges
+    assert source() is None
+
+
+def test_writes_that_torch_does_not_count(rng: np.random.Generator) -> None:
+    array = rng.integers(6, size=(2, 20))
+    memo, edges = TopologyMemo(), torch.from_numpy(array)
+    memo.topology(edges, 6, fresh=True)
+    array[:] = 5 - array
+    assert torch.equal(memo.topology(edges, 6, fresh=True).graph.sender.long(), edges[0])
+
+
+def test_inference_tensors(rng: np.random.Generator) -> None:
+    memo = TopologyMemo()
+    with torch.inference_mode():
+        edges = _edges(rng).clone()
+        first = memo.topology(edges, 6, fresh=False)
+        assert memo.topology(edges, 6, fresh=False) is first
+
+
+def test_copies_are_empty(rng: np.random.Generator) -> None:
+    memo = TopologyMemo()
+    memo.topology(_edges(rng), 6, fresh=False)
+    for twin in (copy.deepcopy(memo), pickle.loads(pickle.dumps(memo))):
+        assert twin is not memo and twin._graph is None
+
+
+def test_species(rng: np.random.Generator) -> None:
+    memo = TopologyMemo()
+    index = torch.tensor(rng.integers(4, size=9))
+    attributes = torch.eye(4)[index]
+    species = memo.species(attributes, fresh=False)
+    assert torch.equal(species.of_node, index)
+    assert memo.species(attributes, fresh=False) is species
+
+
+def test_no_gradient_by_species(rng: np.random.Generator) -> None:
+    """mace-torch asks for it without using it; whoever uses it gets NaN, and everything else is as
+    without."""
+    x = torch.tensor(rng.normal(size=(5, 3)), requires_grad=True)
+    attributes = torch.eye(4, dtype=torch.float64)[torch.tensor(rng.integers(4, size=5))].requires_grad_()
+    y = without_species_gradient(x**3, attributes)
+    by_x, by_attributes = torch.autograd.grad((y**2).sum(), [x, attributes], create_graph=True)
+    assert torch.allclose(by_x, 6 * x**5) and bool(by_attributes.isnan().all())
+    (second,) = torch.autograd.grad(by_x.sum(), [x])
+    assert torch.allclose(second, 30 * x**4)
+    assert without_species_gradient(x, attributes.detach()) is x
+
+
+@pytest.mark.parametrize("wrong", [0.5, 2.0, 0.0, float("nan")])
+def test_species_that_are_not_one_hot(wrong: float, rng: np.random.Generator) -> None:
+    attributes = torch.eye(4)[torch.tensor(rng.integers(4, size=9))]
+    attributes[3] = torch.where(attributes[3] == 1, wrong, 0.0)
+    with pytest.raises(ValueError, match="row 3"):
+        TopologyMemo().species(attributes, fresh=False)
+    attributes[3] = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="row 3"):
+        TopologyMemo().species(attributes, fresh=False)
