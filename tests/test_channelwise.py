@@ -16,10 +16,14 @@ DTYPES = [torch.float32, torch.float64]
 
 def random_graph(nodes: int, edges: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Unsorted edges with duplicates and isolated nodes."""
-    return torch.randint(0, nodes, (edges,), device=device), torch.randint(0, max(1, nodes - 1), (edges,), device=device)
+    return torch.randint(0, nodes, (edges,), device=device), torch.randint(
+        0, max(1, nodes - 1), (edges,), device=device
+    )
 
 
-def check_all_orders(d: ChannelwiseTensorProduct, dtype: torch.dtype, device: str, *, nodes: int, edges: int) -> None:
+def check_all_orders(
+    d: ChannelwiseTensorProduct, dtype: torch.dtype, device: str, *, nodes: int, edges: int
+) -> None:
     """z, its gradients and gradients of those, each against torch's derivatives of the float64 definition."""
     sender, receiver = random_graph(nodes, edges, device)
     graph = edge_graph(sender, receiver, nodes, nodes)
@@ -75,7 +79,9 @@ def test_many_segments_on_gpu(seed: int) -> None:
             for l3 in range(abs(l1 - l2), min(l1 + l2, 3) + 1):
                 paths.append(Path(i, j, len(z), 0.5))
                 z.append((mul, l3))
-    check_all_orders(ChannelwiseTensorProduct(x, y, tuple(z), tuple(paths)), torch.float32, "cuda", nodes=5, edges=80)
+    check_all_orders(
+        ChannelwiseTensorProduct(x, y, tuple(z), tuple(paths)), torch.float32, "cuda", nodes=5, edges=80
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -153,7 +159,9 @@ def test_same_bits_twice_and_in_any_edge_order_close(seed: int, device: str, dty
     for a, b in zip(run(), run(), strict=True):
         assert torch.equal(a, b)
     shuffle = torch.randperm(edges, device=device)
-    moved = channelwise_tp_conv(d, x, y[shuffle], w[shuffle], edge_graph(sender[shuffle], receiver[shuffle], nodes, nodes))
+    moved = channelwise_tp_conv(
+        d, x, y[shuffle], w[shuffle], edge_graph(sender[shuffle], receiver[shuffle], nodes, nodes)
+    )
     assert_close(moved, run()[0].double(), terms=edges)
 
 

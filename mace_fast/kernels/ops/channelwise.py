@@ -24,7 +24,7 @@ from mace_fast.kernels.build import CudaModule, Int32, cpu_threads, load_cpu, lo
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
 from mace_fast.kernels.ops.graph import EdgeGraph
 from mace_fast.kernels.ops.segment import Segments, segment_sum
-from mace_fast.kernels.plan.channelwise import ChannelwisePlan, plan
+from mace_fast.kernels.plan.channelwise import ChannelwisePlan, SegmentPlan, plan
 from mace_fast.kernels.source.channelwise import Variant, cpu_source, cuda_source
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
@@ -45,6 +45,10 @@ _LIBRARY.define(
 
 Graph = tuple[Tensor | None, ...]
 Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]
+Operands = tuple[Tensor, Tensor, Tensor | None]
+Spline = tuple[Tensor | None, Tensor | None, Tensor | None, int, float]
+"""Edge lengths, table of each edge, knots, intervals of a table, intervals per unit of length."""
+NO_SPLINE: Spline = (None, None, None, 0, 0.0)
 _NO_GRAPH: Graph = (None,) * 7
 _TARGET_EDGES = 32
 """Edges that one group of warps should see at least: with fewer a receiver, it takes several receivers in a row."""
@@ -112,8 +116,8 @@ def _sizes(y: Tensor, graph: Graph) -> tuple[int, int]:
     return (y.shape[0] if row is None else row.shape[0] - 1), y.shape[0]
 
 
-def _row_strides(x: Tensor, y: Tensor, w: Tensor) -> tuple[int, int, int]:
-    return x.shape[1], y.shape[1], (0 if w.dim() == 1 else w.shape[1])
+def _row_strides(x: Tensor, y: Tensor, w: Tensor | None) -> tuple[int, int, int]:
+    return x.shape[1], y.shape[1], (0 if w is None or w.dim() == 1 else w.shape[1])
 
 
 @lru_cache(maxsize=512)
@@ -122,9 +126,15 @@ def _cpu_function(key: str, item_bytes: int, variant: Variant) -> Callable[..., 
     function = getattr(load_cpu(source), variant.entry)
     pointer, integer = ctypes.c_void_p, ctypes.c_longlong
     outputs = [pointer, integer, pointer, pointer, pointer] if variant.backward else [pointer, integer]
-    function.argtypes = [pointer] * 3 + [ctypes.c_float, integer] + [pointer] * 6 + [integer] * 3 + outputs + [ctypes.c_int]
+    spline = [pointer, pointer, pointer, integer, ctypes.c_double]
+    head = [pointer] * 3 + [ctypes.c_float, integer] + [pointer] * 6 + [integer] * 3
+    function.argtypes = [*head, *spline, *outputs, ctypes.c_int]
     function.restype = None
     return function
+
+
+def _shared_bytes(layout: ChannelwisePlan, segment: SegmentPlan, variant: Variant) -> int:
+    return layout.shared_bytes(segment, dual=variant.dual, backward=variant.want_y, order=variant.order)
 
 
 class _Launch(NamedTuple):
@@ -143,11 +153,16 @@ def _cuda_launch(key: str, item_bytes: int, variant: Variant, device: int) -> _L
     description = ChannelwiseTensorProduct.parse(key)
     layout = plan(description, item_bytes, variant.dual)
     segments = tuple(
-        (f"{variant.entry}_{number}", layout.shared_bytes(segment, dual=variant.dual, backward=variant.want_y))
+        (f"{variant.entry}_{number}", _shared_bytes(layout, segment, variant))
         for number, segment in enumerate(layout.segments)
     )
     module = load_cuda(cuda_source(description, item_bytes, variant), torch.device("cuda", device))
     return _Launch(module, layout.warps, layout.groups, layout.channel_blocks, segments)
+
+
+def launch_of(key: str, like: Tensor, variant: Variant) -> _Launch:
+    """The loaded kernel that operands like this CUDA tensor use."""
+    return _cuda_launch(key, like.element_size(), variant, like.get_device())
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -155,7 +170,13 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def _run_cpu(
-    key: str, variant: Variant, operands: Sequence[Tensor], tangents: Tangents, graph: Graph, outputs: tuple[Any, ...]
+    key: str,
+    variant: Variant,
+    operands: Operands,
+    tangents: Tangents,
+    graph: Graph,
+    outputs: tuple[Any, ...],
+    spline: Spline,
 ) -> None:
     x, y, w = operands
     function = _cpu_function(key, x.element_size(), variant)
@@ -169,23 +190,32 @@ def _run_cpu(
         receivers,
         *(_pointer(t) for t in (x, y, w, *tangents)),
         *_row_strides(x, y, w),
+        *(_pointer(t) for t in spline[:3]),
+        *spline[3:],
         *(value if isinstance(value, int) else _pointer(value) for value in outputs),
         cpu_threads(),
     )
 
 
 def _run_cuda(
-    key: str, variant: Variant, operands: Sequence[Tensor], tangents: Tangents, graph: Graph, outputs: tuple[Any, ...]
+    key: str,
+    variant: Variant,
+    operands: Operands,
+    tangents: Tangents,
+    graph: Graph,
+    outputs: tuple[Any, ...],
+    spline: Spline,
 ) -> None:
     x, y, w = operands
-    launch = _cuda_launch(key, x.element_size(), variant, x.get_device())
+    launch = launch_of(key, x, variant)
     receivers, edges = _sizes(y, graph)
     if receivers == 0:
         return
     run = _run_length(receivers, edges)
     grid = (-(-receivers // (run * launch.groups)), launch.channel_blocks, 1)
     block = (launch.warps * 32, launch.groups, 1)
-    head = (graph[2], graph[3], graph[0], graph[6], receivers, run, x, y, w, *tangents, *_row_strides(x, y, w))
+    strides = _row_strides(x, y, w)
+    head = (graph[2], graph[3], graph[0], graph[6], receivers, run, x, y, w, *tangents, *strides, *spline)
     for number, (entry, shared) in enumerate(launch.segments):
         tail = (*outputs, edges, Int32(number > 0)) if variant.backward else outputs
         launch.module.launch(entry, grid, block, shared, head + tail)
@@ -196,11 +226,18 @@ def _run_length(receivers: int, edges: int) -> int:
     return max(1, min(_TARGET_EDGES, _TARGET_EDGES * receivers // max(edges, 1)))
 
 
-def _run(
-    key: str, variant: Variant, operands: Sequence[Tensor], tangents: Tangents, graph: Graph, outputs: tuple[Any, ...]
+def run_kernel(
+    key: str,
+    variant: Variant,
+    operands: Operands,
+    tangents: Tangents,
+    graph: Graph,
+    outputs: tuple[Any, ...],
+    spline: Spline = NO_SPLINE,
 ) -> None:
+    """Run one kernel of a description; operands are contiguous, outputs as the entry point lists them."""
     run = _run_cpu if operands[0].device.type == "cpu" else _run_cuda
-    run(key, variant, operands, tangents, graph, outputs)
+    run(key, variant, operands, tangents, graph, outputs, spline)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -216,7 +253,7 @@ def _forward(
     make = x.new_empty if description.covers_z else x.new_zeros
     z = make((receivers, description.z_dim))
     a, b, c = (_dense(t) for t in tangents)
-    _run(key, Variant(dual, False), (x, y, w), (a, b, c), graph, (z, description.z_dim))
+    run_kernel(key, Variant(dual, False), (x, y, w), (a, b, c), graph, (z, description.z_dim))
     return z
 
 
@@ -232,7 +269,7 @@ def _backward(
     variant = Variant(dual, True, want_x, want_y, want_w)
     channel_blocks = 1
     if want_y and x.is_cuda:
-        channel_blocks = _cuda_launch(key, x.element_size(), variant, x.get_device()).channel_blocks
+        channel_blocks = launch_of(key, x, variant).channel_blocks
     empty = x.new_empty(0)
     make = x.new_empty if description.covers_x else x.new_zeros
     x_of_edges = make((edges, description.x_dim)) if want_x else empty
@@ -240,7 +277,7 @@ def _backward(
     w_of_edges = x.new_empty((edges, description.weight_numel)) if want_w else empty
     if edges and (want_x or want_y or want_w):
         a, b, c = (_dense(t) for t in tangents)
-        _run(key, variant, (x, y, w), (a, b, c), graph, (g, description.z_dim, x_of_edges, y_parts, w_of_edges))
+        run_kernel(key, variant, (x, y, w), (a, b, c), graph, (g, description.z_dim, x_of_edges, y_parts, w_of_edges))
     dx = _sum_at_senders(x_of_edges, graph) if want_x else empty
     dy = (y_parts[0] if channel_blocks == 1 else y_parts.sum(0)) if want_y else empty
     dw = (w_of_edges.sum(0) if w.dim() == 1 else w_of_edges) if wants[2] else empty

@@ -11,8 +11,9 @@ from functools import lru_cache
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, FlatPath
 from mace_fast.kernels.plan.coupling import of_path
 
-ACCUMULATOR_BYTES = 80 * 4
-"""Bytes of outputs a thread keeps in registers; a product with more is cut into segments of output blocks."""
+ACCUMULATOR_BYTES = {False: 80 * 4, True: 40 * 4}
+"""Bytes of outputs a thread keeps in registers; a product with more is cut into segments of output blocks. Operands with
+tangents take twice the registers, so less is left for outputs."""
 
 SHARED_BYTES = 64 * 1024
 """Shared memory that one block may take, so that at least three blocks stay resident on sm_80 and later."""
@@ -79,11 +80,12 @@ class ChannelwisePlan:
     segments: tuple[SegmentPlan, ...]
     y_dim: int
 
-    def shared_bytes(self, segment: SegmentPlan, *, dual: bool, backward: bool) -> int:
+    def shared_bytes(self, segment: SegmentPlan, *, dual: bool, backward: bool, order: int = 0) -> int:
         """Dynamic shared memory of a block, as the header's ``Shared`` lays it out."""
-        forms = segment.tile * segment.stride * (2 if dual else 1) * self.item_bytes
-        gradients = self.warps * segment.tile * self.y_dim * self.item_bytes if backward else 0
-        return (forms + gradients + 2 * segment.tile * 4) * self.groups
+        forms = segment.tile * segment.stride * (2 if dual else 1)
+        gradients = self.warps * segment.tile * (self.y_dim + (1 if order else 0)) if backward else 0
+        blend = segment.tile * 4 * order
+        return ((forms + gradients + blend) * self.item_bytes + 3 * segment.tile * 4) * self.groups
 
     def __str__(self) -> str:
         lines = [
@@ -113,7 +115,7 @@ def plan(description: ChannelwiseTensorProduct, item_bytes: int, dual: bool) -> 
     quad = 16 // item_bytes
     written: set[int] = set()
     segments = []
-    for paths in _split(flat, ACCUMULATOR_BYTES // item_bytes):
+    for paths in _split(flat, ACCUMULATOR_BYTES[dual] // item_bytes):
         form_bytes = item_bytes * (2 if dual else 1)
         segments.append(_segment(paths, warps, quad, groups, form_bytes, description.y_dim, item_bytes, written))
         written.update(slot.offset for slot in segments[-1].x)

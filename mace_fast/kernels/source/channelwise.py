@@ -20,20 +20,31 @@ CUDA_OPTIONS = ("-default-device",)
 """NVRTC 13.0 takes the body of a generic lambda for host code without it; later versions do not."""
 
 
+_SPLINE = "const T* radius, const int* table, const T* rows, long long intervals, double per_length"
+_SPLINE_SETUP = "    const mf::Spline<T> spline{radius, table, rows, intervals, problem::T(per_length)};"
+
+
 @dataclass(frozen=True)
 class Variant:
-    """Which kernel of a description: the number kind, forward or backward, and which gradients backward writes."""
+    """Which kernel of a description: the number kind, forward or backward, and which gradients backward writes.
+
+    ``order`` 4 or 6 takes the weights from piecewise polynomials of the edge length with that many coefficients; 0 reads
+    them from memory.
+    """
 
     dual: bool
     backward: bool
     want_x: bool = False
     want_y: bool = False
     want_w: bool = False
+    order: int = 0
 
     @property
     def entry(self) -> str:
         wants = "".join(name for name, want in zip("xyw", (self.want_x, self.want_y, self.want_w), strict=True) if want)
-        return f"channelwise_{'backward_' + wants if self.backward else 'forward'}{'_tangent' if self.dual else ''}"
+        return f"channelwise_{'backward_' + wants if self.backward else 'forward'}{'_tangent' if self.dual else ''}" + (
+            f"_spline{self.order}" if self.order else ""
+        )
 
 
 def _terms(target: str, terms: list[str]) -> str:
@@ -115,7 +126,7 @@ def _slot_struct(slot: Slot, name: str) -> str:
 
 
 def _segment_struct(
-    number: int, segment: SegmentPlan, layout: ChannelwisePlan, description: ChannelwiseTensorProduct, tile: int
+    number: int, segment: SegmentPlan, layout: ChannelwisePlan, description: ChannelwiseTensorProduct, tile: int, order: int
 ) -> str:
     parts = [f"namespace segment{number} {{"]
     lists = {}
@@ -136,6 +147,8 @@ def _segment_struct(
         "STRIDE": segment.stride,
         "TILE": tile,
         "WARPS": layout.warps,
+        "ORDER": order,
+        "OUT": description.y_dim + (1 if order else 0),
     }
     parts += [
         "struct Segment {",
@@ -144,6 +157,7 @@ def _segment_struct(
         "    typedef X_ X; typedef Z_ Z; typedef Paths_ Paths;",
         "    static constexpr int " + ", ".join(f"{key} = {value}" for key, value in constants.items()) + ";",
         f"    static constexpr bool EXACT = {'true' if layout.exact else 'false'};",
+        f"    static constexpr bool PREFETCH = {'false' if order else 'true'};",
         "};",
         f"}}  // namespace segment{number}",
     ]
@@ -168,7 +182,7 @@ def cuda_source(description: ChannelwiseTensorProduct, item_bytes: int, variant:
         '#include "channelwise_conv.cuh"',
         f"namespace problem {{\ntypedef {ctype} T;",
         "template <class V> MF_INLINE V zero(V) { return V(); }",
-        *(_segment_struct(i, s, layout, description, s.tile) for i, s in enumerate(layout.segments)),
+        *(_segment_struct(i, s, layout, description, s.tile, variant.order) for i, s in enumerate(layout.segments)),
         "}  // namespace problem",
     ]
     operands = (
@@ -180,6 +194,7 @@ def cuda_source(description: ChannelwiseTensorProduct, item_bytes: int, variant:
         "    const mf::Graph graph{order, row, sender, poison, receivers, run};",
         "    const mf::Operands<T> in{x, y, w, x_row, y_row, w_row}, "
         "tangent{x_tangent, y_tangent, w_tangent, x_row, y_row, w_row};",
+        _SPLINE_SETUP,
     ]
     entries = []
     bounds = layout.warps * 32 * layout.groups
@@ -191,20 +206,20 @@ def cuda_source(description: ChannelwiseTensorProduct, item_bytes: int, variant:
             outputs = "const T* g, long long g_row, T* dx, T* dy, T* dw, long long edges, int accumulate"
             call = (
                 f"mf::conv_backward<{segment}, {dual}, {_wants(variant)}>"
-                "(graph, in, tangent, g, g_row, dx, dy, dw, edges, accumulate != 0);"
+                "(graph, in, tangent, spline, g, g_row, dx, dy, dw, edges, accumulate != 0);"
             )
         else:
             outputs = "T* z, long long z_row"
-            call = f"mf::conv_forward<{segment}, {dual}>(graph, in, tangent, z, z_row);"
+            call = f"mf::conv_forward<{segment}, {dual}>(graph, in, tangent, spline, z, z_row);"
         text += [
-            f'extern "C" __global__ void __launch_bounds__({bounds}) {entry}({graph}, {operands}, {outputs}) {{'.replace(
+            f'extern "C" __global__ void __launch_bounds__({bounds}) {entry}({graph}, {operands}, {_SPLINE}, {outputs}) {{'.replace(
                 "T*", f"{ctype}*"
             ),
             *(line.replace("<T>", f"<{ctype}>") for line in setup),
             f"    {call}",
             "}",
         ]
-    headers = (("number.h", header("number.h")), ("channelwise_conv.cuh", header("channelwise_conv.cuh")))
+    headers = tuple((name, header(name)) for name in ("number.h", "spline.h", "channelwise_conv.cuh"))
     return CudaSource(variant.entry, "\n".join(text) + "\n", headers, tuple(entries), CUDA_OPTIONS)
 
 
@@ -220,28 +235,29 @@ def cpu_source(description: ChannelwiseTensorProduct, item_bytes: int, variant: 
     )
     call = (
         f"mf::conv_backward<problem::segment0::Segment, {dual}, {_wants(variant)}>"
-        "(graph, in, tangent, g, g_row, dx, dy, dw, threads);"
+        "(graph, in, tangent, spline, g, g_row, dx, dy, dw, threads);"
         if variant.backward
-        else f"mf::conv_forward<problem::segment0::Segment, {dual}>(graph, in, tangent, z, z_row, threads);"
+        else f"mf::conv_forward<problem::segment0::Segment, {dual}>(graph, in, tangent, spline, z, z_row, threads);"
     )
     text = [
         '#include "channelwise_conv.h"',
         f"namespace problem {{\ntypedef {ctype} T;",
         "template <class V> MF_INLINE V zero(V) { return V{}; }",
-        _segment_struct(0, merged, layout, description, CPU_TILE),
+        _segment_struct(0, merged, layout, description, CPU_TILE, variant.order),
         "}  // namespace problem",
         "typedef problem::T T;",
         f'extern "C" __attribute__((visibility("default"))) void {variant.entry}(const int* order, const int* row, '
         "const int* sender, float poison, long long receivers, const T* x, const T* y, const T* w, const T* x_tangent, "
         "const T* y_tangent, const T* w_tangent, long long x_row, long long y_row, long long w_row, "
-        f"{outputs}, int threads) {{",
+        f"{_SPLINE}, {outputs}, int threads) {{",
         "    const mf::Graph graph{order, row, sender, poison, receivers};",
         "    const mf::Operands<T> in{x, y, w, x_row, y_row, w_row}, "
         "tangent{x_tangent, y_tangent, w_tangent, x_row, y_row, w_row};",
+        _SPLINE_SETUP.replace("<T>", f"<{ctype}>"),
         f"    {call}",
         "}",
     ]
-    headers = (("number.h", header("number.h")), ("channelwise_conv.h", header("channelwise_conv.h")))
+    headers = tuple((name, header(name)) for name in ("number.h", "spline.h", "channelwise_conv.h"))
     return CpuSource(variant.entry, "\n".join(text) + "\n", headers)
 
 

@@ -11,6 +11,7 @@
 // With DUAL the operands carry tangents and the results are the tangents of the results, nothing else.
 #pragma once
 #include "number.h"
+#include "spline.h"
 
 namespace mf {
 
@@ -40,6 +41,15 @@ template <class T> struct Operands {
     index_t x_row, y_row, w_row;  // elements from one node or edge to the next; w_row = 0: one set of weights for all
 };
 
+// Weights as functions of the edge length instead of numbers per edge: see spline.h. A null radius: no spline.
+template <class T> struct Spline {
+    const T* radius;   // [edges]
+    const int* table;  // [edges], which of several tables; null when there is one
+    const T* rows;     // [tables * (intervals + 1), NUMEL, ORDER]
+    index_t intervals;
+    T per_length;  // intervals per unit of length
+};
+
 template <class T> struct Pack;
 template <> struct Pack<float> { typedef float4 type; static constexpr int size = 4; };
 template <> struct Pack<double> { typedef double2 type; static constexpr int size = 2; };
@@ -56,18 +66,21 @@ template <class T> MF_INLINE T result_of(Dual<T> v) { return v.d; }
 template <class S, bool DUAL> struct Shared {
     typedef typename S::T T;
     static constexpr int FORMS = S::TILE * S::STRIDE;
-    static constexpr int DY = S::WARPS * S::TILE * S::NY;
-    T *forms, *dforms, *dy;
-    int *edge, *sender;
+    static constexpr int DY = S::WARPS * S::TILE * S::OUT;
+    static constexpr int PLACES = S::ORDER ? S::TILE : 0;
+    T *forms, *dforms, *dy, *place;
+    int *edge, *sender, *interval;
     MF_INLINE static constexpr int bytes(bool backward) {
-        return FORMS * (DUAL ? 2 : 1) * int(sizeof(T)) + (backward ? DY * int(sizeof(T)) : 0) + 2 * S::TILE * 4;
+        return (FORMS * (DUAL ? 2 : 1) + (backward ? DY : 0) + PLACES) * int(sizeof(T)) + 3 * S::TILE * 4;
     }
     MF_INLINE Shared(char* memory, bool backward) {
         forms = reinterpret_cast<T*>(memory);
         dforms = forms + FORMS;
         dy = forms + FORMS * (DUAL ? 2 : 1);
-        edge = reinterpret_cast<int*>(dy + (backward ? DY : 0));
+        place = dy + (backward ? DY : 0);
+        edge = reinterpret_cast<int*>(place + PLACES);
         sender = edge + S::TILE;
+        interval = sender + S::TILE;
     }
 };
 
@@ -79,7 +92,8 @@ template <class S> MF_INLINE void group_barrier() {
 // The forms of `count` edges from `position` on: one lane per edge, the paths shared out among the warps.
 template <class S, bool DUAL>
 MF_INLINE void couple_tile(const Shared<S, DUAL>& shared, const Graph& graph, const Operands<typename S::T>& in,
-                           const typename S::T* y_tangent, index_t position, int count) {
+                           const typename S::T* y_tangent, const Spline<typename S::T>& spline, index_t position,
+                           int count) {
     typedef typename S::T T;
     typedef typename Pack<T>::type P;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -89,6 +103,11 @@ MF_INLINE void couple_tile(const Shared<S, DUAL>& shared, const Graph& graph, co
         if (warp == 0) {
             shared.edge[lane] = int(e);
             shared.sender[lane] = int(graph.sender_of(e));
+            if constexpr (S::ORDER > 0) {
+                const index_t first = spline.table ? spline.table[e] * (spline.intervals + 1) : 0;
+                const T position = spline.radius[e] * spline.per_length;
+                shared.interval[lane] = int(first + find_interval(position, spline.intervals, shared.place[lane]));
+            }
         }
 #pragma unroll
         for (int part = 0; part < (DUAL ? 2 : 1); ++part) {
@@ -132,32 +151,47 @@ MF_INLINE void read_forms(const Shared<S, DUAL>& shared, int slot, N (&m)[Path::
     for (int q = 0; q < Path::PADDED; ++q) m[q] = Make<N>::of(value[q], DUAL ? tangent[q] : T(0));
 }
 
-// x and w of one edge, for one channel.
-template <class S, bool DUAL> struct EdgeOperands {
+// x and w of one edge, for one channel; with SLOPE also the derivative of w along its interval.
+template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
     typedef typename S::T T;
     typedef typename NumberOf<DUAL, T>::type N;
     N x[S::NX], w[S::NW];
+    T slope[SLOPE ? S::NW : 1];
 
-    MF_INLINE void load(const Operands<T>& in, const Operands<T>& tangent, index_t e, index_t s, int u) {
-        S::X::each([&](auto slot) {
-            typedef decltype(slot) Slot;
-            const bool active = S::EXACT || u < Slot::MUL;
+    MF_INLINE void load(const Operands<T>& in, const Operands<T>& tangent, const Spline<T>& spline,
+                        const Shared<S, DUAL>& shared, int slot, int u) {
+        const index_t e = shared.edge[slot], s = shared.sender[slot];
+        S::X::each([&](auto block) {
+            typedef decltype(block) Block;
+            const bool active = S::EXACT || u < Block::MUL;
 #pragma unroll
-            for (int i = 0; i < Slot::DIM; ++i) {
-                const index_t at = s * in.x_row + Slot::OFFSET + i * Slot::MUL + u;
-                x[Slot::BASE + i] = Make<N>::of(active ? __ldg(in.x + at) : T(0),
-                                                DUAL && tangent.x && active ? __ldg(tangent.x + at) : T(0));
+            for (int i = 0; i < Block::DIM; ++i) {
+                const index_t at = s * in.x_row + Block::OFFSET + i * Block::MUL + u;
+                x[Block::BASE + i] = Make<N>::of(active ? __ldg(in.x + at) : T(0),
+                                                 DUAL && tangent.x && active ? __ldg(tangent.x + at) : T(0));
             }
         });
         S::Paths::each([&](auto path) {
             typedef decltype(path) Path;
-            if (Path::WEIGHTED) {
-                const bool active = S::EXACT || u < Path::MUL;
-                const index_t at = e * in.w_row + Path::W + index_t(u) * Path::W_STRIDE;
+            const bool active = S::EXACT || u < Path::MUL;
+            const index_t column = Path::W + index_t(u) * Path::W_STRIDE;
+            if constexpr (!Path::WEIGHTED) {
+                w[Path::INDEX] = Make<N>::of(T(1), T(0));
+                if (SLOPE) slope[Path::INDEX] = T(0);
+            } else if constexpr (S::ORDER > 0) {
+                T c[S::ORDER];
+#pragma unroll
+                for (int q = 0; q < S::ORDER; ++q) c[q] = T(0);
+                if (active)
+                    read_coefficients<S::ORDER>(
+                        spline.rows + (shared.interval[slot] * index_t(S::NUMEL) + column) * S::ORDER, c);
+                const T t = shared.place[slot];
+                w[Path::INDEX] = Make<N>::of(spline_value<S::ORDER>(c, t), T(0));
+                if (SLOPE) slope[Path::INDEX] = spline_slope<S::ORDER>(c, t);
+            } else {
+                const index_t at = e * in.w_row + column;
                 w[Path::INDEX] = Make<N>::of(active ? __ldg(in.w + at) : T(0),
                                              DUAL && tangent.w && active ? __ldg(tangent.w + at) : T(0));
-            } else {
-                w[Path::INDEX] = Make<N>::of(T(1), T(0));
             }
         });
     }
@@ -165,16 +199,17 @@ template <class S, bool DUAL> struct EdgeOperands {
 
 // Walks the edges of the receivers of this group: start(n), edge(slot, operands) for each edge, finish(n), and
 // after each tile flush(count). Operands of the next edge are loaded before the current one is worked on.
-template <class S, bool DUAL, class Start, class Edge, class Finish, class Flush>
+template <class S, bool DUAL, bool SLOPE, class Start, class Edge, class Finish, class Flush>
 MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Operands<typename S::T>& in,
-                    const Operands<typename S::T>& tangent, int u, Start start, Edge edge, Finish finish, Flush flush) {
+                    const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline, int u, Start start,
+                    Edge edge, Finish finish, Flush flush) {
     const index_t group = index_t(blockIdx.x) * blockDim.y + threadIdx.y;
     const index_t first = group * graph.run;
     if (first >= graph.receivers) return;
     const index_t last = first + graph.run < graph.receivers ? first + graph.run : graph.receivers;
     index_t position = graph.begin(first), tile_begin = position, tile_end = position;
     const index_t end = graph.begin(last);
-    EdgeOperands<S, DUAL> current, next;
+    EdgeOperands<S, DUAL, SLOPE> current, next;
     for (index_t n = first; n < last; ++n) {
         const index_t row_end = graph.begin(n + 1);
         start(n);
@@ -183,16 +218,16 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ope
                 if (tile_end > tile_begin) flush(int(tile_end - tile_begin));
                 tile_begin = position;
                 tile_end = position + S::TILE < end ? position + S::TILE : end;
-                couple_tile<S, DUAL>(shared, graph, in, tangent.y, position, int(tile_end - tile_begin));
-                current.load(in, tangent, shared.edge[0], shared.sender[0], u);
+                couple_tile<S, DUAL>(shared, graph, in, tangent.y, spline, position, int(tile_end - tile_begin));
+                if (S::PREFETCH) current.load(in, tangent, spline, shared, 0, u);
             }
             const index_t stop = row_end < tile_end ? row_end : tile_end;
             for (; position < stop; ++position) {
                 const int slot = int(position - tile_begin);
-                if (position + 1 < tile_end)
-                    next.load(in, tangent, shared.edge[slot + 1], shared.sender[slot + 1], u);
+                if (!S::PREFETCH) current.load(in, tangent, spline, shared, slot, u);
+                if (S::PREFETCH && position + 1 < tile_end) next.load(in, tangent, spline, shared, slot + 1, u);
                 edge(slot, current);
-                current = next;
+                if (S::PREFETCH) current = next;
             }
         }
         finish(n);
@@ -203,7 +238,8 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ope
 // z, or with DUAL its tangent.
 template <class S, bool DUAL>
 MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& in,
-                            const Operands<typename S::T>& tangent, typename S::T* z, index_t z_row) {
+                            const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline,
+                            typename S::T* z, index_t z_row) {
     typedef typename S::T T;
     typedef typename NumberOf<DUAL, T>::type N;
     extern __shared__ __align__(16) char memory[];
@@ -211,13 +247,13 @@ MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& i
     const int u = blockIdx.y * (S::WARPS * 32) + threadIdx.x;
     const T zero = graph.poison ? T(*graph.poison) : T(0);
     N sum[S::NZ];
-    walk<S, DUAL>(
-        shared, graph, in, tangent, u,
+    walk<S, DUAL, false>(
+        shared, graph, in, tangent, spline, u,
         [&](index_t) {
 #pragma unroll
             for (int k = 0; k < S::NZ; ++k) sum[k] = Make<N>::of(zero, zero);
         },
-        [&](int slot, const EdgeOperands<S, DUAL>& operands) {
+        [&](int slot, const EdgeOperands<S, DUAL, false>& operands) {
             S::Paths::each([&](auto path) {
                 typedef decltype(path) Path;
                 N m[Path::PADDED], wx[Path::DX];
@@ -260,24 +296,27 @@ template <int COUNT, int BIT = 16, class T> MF_INLINE void sum_over_lanes(T* val
 }
 
 // Gradients of <g, z>, or with DUAL their tangents: dx of each edge (summed over senders by another kernel), dw, dy.
-// Channel blocks write their share of dy one after the other, [block][edge][j]; `accumulate` adds to what an earlier
+// With a spline there is no dw; the gradient of the edge length follows those of y, as number NY of an edge.
+// Channel blocks write their share of dy one after the other, [block][edge][OUT]; `accumulate` adds to what an earlier
 // segment left there.
 template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W>
 MF_INLINE void conv_backward(const Graph& graph, const Operands<typename S::T>& in,
-                             const Operands<typename S::T>& tangent, const typename S::T* g, index_t g_row,
-                             typename S::T* dx, typename S::T* dy, typename S::T* dw, index_t edges, bool accumulate) {
+                             const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline,
+                             const typename S::T* g, index_t g_row, typename S::T* dx, typename S::T* dy,
+                             typename S::T* dw, index_t edges, bool accumulate) {
     typedef typename S::T T;
     typedef typename NumberOf<DUAL, T>::type N;
-    constexpr int CHUNK = 16;  // components of y reduced at a time
+    constexpr bool SPLINE = S::ORDER > 0;
+    constexpr int CHUNK = 16;  // numbers of an edge reduced at a time
     constexpr int CHUNKS = (S::NY + CHUNK - 1) / CHUNK;
     extern __shared__ __align__(16) char memory[];
     const Shared<S, DUAL> shared(memory + threadIdx.y * Shared<S, DUAL>::bytes(WANT_Y), WANT_Y);
     const int u = blockIdx.y * (S::WARPS * 32) + threadIdx.x;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    T* dy_block = dy + blockIdx.y * edges * S::NY;
+    T* dy_block = dy + blockIdx.y * edges * S::OUT;
     T grad[S::NZ];
-    walk<S, DUAL>(
-        shared, graph, in, tangent, u,
+    walk<S, DUAL, SPLINE>(
+        shared, graph, in, tangent, spline, u,
         [&](index_t n) {
             S::Z::each([&](auto slot) {
                 typedef decltype(slot) Slot;
@@ -287,9 +326,10 @@ MF_INLINE void conv_backward(const Graph& graph, const Operands<typename S::T>& 
                         S::EXACT || u < Slot::MUL ? g[n * g_row + Slot::OFFSET + k * Slot::MUL + u] : T(0);
             });
         },
-        [&](int slot, const EdgeOperands<S, DUAL>& operands) {
+        [&](int slot, const EdgeOperands<S, DUAL, SPLINE>& operands) {
             const index_t e = shared.edge[slot];
             N x_grad[S::NX], y_grad[CHUNKS * CHUNK];
+            T radius_grad = T(0);
 #pragma unroll
             for (int i = 0; i < S::NX; ++i) x_grad[i] = Make<N>::of(T(0), T(0));
 #pragma unroll
@@ -297,7 +337,7 @@ MF_INLINE void conv_backward(const Graph& graph, const Operands<typename S::T>& 
             S::Paths::each([&](auto path) {
                 typedef decltype(path) Path;
                 N m[Path::PADDED], t[Path::DX];
-                if (WANT_X || WANT_W) {
+                if (WANT_X || WANT_W || SPLINE) {
                     read_forms<Path>(shared, slot, m);
                     Path::transpose(grad + Path::Z, m, t);
                 }
@@ -306,11 +346,13 @@ MF_INLINE void conv_backward(const Graph& graph, const Operands<typename S::T>& 
 #pragma unroll
                     for (int i = 0; i < Path::DX; ++i) x_grad[Path::X + i] += w * t[i];
                 }
-                if (WANT_W && Path::WEIGHTED && (S::EXACT || u < Path::MUL)) {
+                if constexpr ((WANT_W || SPLINE) && Path::WEIGHTED) {
                     N sum = operands.x[Path::X] * t[0];
 #pragma unroll
                     for (int i = 1; i < Path::DX; ++i) sum += operands.x[Path::X + i] * t[i];
-                    dw[e * S::NUMEL + Path::W + index_t(u) * Path::W_STRIDE] = result_of(sum);
+                    if constexpr (SPLINE) radius_grad += operands.slope[Path::INDEX] * result_of(sum);
+                    else if (S::EXACT || u < Path::MUL)
+                        dw[e * S::NUMEL + Path::W + index_t(u) * Path::W_STRIDE] = result_of(sum);
                 }
                 if (WANT_Y) {
                     N wx[Path::DX];
@@ -333,6 +375,7 @@ MF_INLINE void conv_backward(const Graph& graph, const Operands<typename S::T>& 
                 });
             }
             if (WANT_Y) {
+                T* share = shared.dy + (warp * S::TILE + slot) * S::OUT;
 #pragma unroll
                 for (int c = 0; c < CHUNKS; ++c) {
                     T value[CHUNK];
@@ -340,8 +383,11 @@ MF_INLINE void conv_backward(const Graph& graph, const Operands<typename S::T>& 
                     for (int j = 0; j < CHUNK; ++j) value[j] = result_of(y_grad[c * CHUNK + j]);
                     sum_over_lanes<CHUNK>(value, lane);
                     const int j = c * CHUNK + lane / (32 / CHUNK);
-                    if (lane % (32 / CHUNK) == 0 && j < S::NY)
-                        shared.dy[(warp * S::TILE + slot) * S::NY + j] = value[0];
+                    if (lane % (32 / CHUNK) == 0 && j < S::NY) share[j] = value[0];
+                }
+                if (SPLINE) {
+                    sum_over_lanes<1>(&radius_grad, lane);
+                    if (lane == 0) share[S::NY] = radius_grad * spline.per_length;
                 }
             }
         },
@@ -349,12 +395,12 @@ MF_INLINE void conv_backward(const Graph& graph, const Operands<typename S::T>& 
         [&](int count) {
             if (!WANT_Y) return;
             group_barrier<S>();
-            for (int item = threadIdx.x; item < count * S::NY; item += S::WARPS * 32) {
-                const int slot = item / S::NY, j = item % S::NY;
+            for (int item = threadIdx.x; item < count * S::OUT; item += S::WARPS * 32) {
+                const int slot = item / S::OUT, j = item % S::OUT;
                 T sum = T(0);
 #pragma unroll
-                for (int part = 0; part < S::WARPS; ++part) sum += shared.dy[(part * S::TILE + slot) * S::NY + j];
-                T* target = dy_block + index_t(shared.edge[slot]) * S::NY + j;
+                for (int part = 0; part < S::WARPS; ++part) sum += shared.dy[(part * S::TILE + slot) * S::OUT + j];
+                T* target = dy_block + index_t(shared.edge[slot]) * S::OUT + j;
                 *target = accumulate ? *target + sum : sum;
             }
         });

@@ -6,6 +6,7 @@
 // most 2 l + 1 of them, which no product of degree <= 6 spills.
 #pragma once
 #include "number.h"
+#include "spline.h"
 
 #include <limits>
 #include <vector>
@@ -37,6 +38,15 @@ struct Graph {
 template <class T> struct Operands {
     const T *x, *y, *w;
     index_t x_row, y_row, w_row;
+};
+
+// Weights as functions of the edge length instead of numbers per edge: see spline.h.
+template <class T> struct Spline {
+    const T* radius;
+    const int* table;  // null: one table
+    const T* rows;     // [tables * (intervals + 1), ORDER, NUMEL]
+    index_t intervals;
+    T per_length;
 };
 
 // `count` consecutive channels in a vector; FULL when all lanes are in use.
@@ -73,14 +83,21 @@ template <class S, bool DUAL> struct Tile {
     typedef typename NumberOf<DUAL, V>::type N;
     static constexpr int WIDTH = VectorOf<T>::width;
     alignas(64) T forms[DUAL ? 2 : 1][S::FORMS][S::TILE];
-    index_t edge[S::TILE], sender[S::TILE];
+    index_t edge[S::TILE], sender[S::TILE], interval[S::TILE];
+    T place[S::TILE];
     int count;
 
-    void couple(const Graph& graph, const Operands<T>& in, const T* y_tangent, index_t position, int edges) {
+    void couple(const Graph& graph, const Operands<T>& in, const T* y_tangent, const Spline<T>& spline,
+                index_t position, int edges) {
         count = edges;
         for (int t = 0; t < count; ++t) {
             edge[t] = graph.edge(position + t);
             sender[t] = graph.sender_of(edge[t]);
+            if constexpr (S::ORDER > 0) {
+                const index_t first = spline.table ? spline.table[edge[t]] * (spline.intervals + 1) : 0;
+                const T position = spline.radius[edge[t]] * spline.per_length;
+                interval[t] = first + find_interval(position, spline.intervals, place[t]);
+            }
         }
         for (int part = 0; part < (DUAL ? 2 : 1); ++part) {
             const T* source = part ? y_tangent : in.y;
@@ -115,29 +132,42 @@ MF_INLINE void each_receiver(const Graph& graph, int threads, Body&& body) {
     }
 }
 
-// x and w of one edge and path for a vector of channels
-template <class Path, bool DUAL, class T, class L>
-MF_INLINE void load_operands(const Operands<T>& in, const Operands<T>& tangent, const L& lanes, index_t e, index_t s,
-                             int u, typename NumberOf<DUAL, typename L::V>::type (&x)[Path::DX],
+// The coefficients of one edge and path for a vector of channels.
+template <class S, class Path, class T, class TileT, class L>
+MF_INLINE void read_coefficients(const Spline<T>& spline, const TileT& tile, const L& lanes, int t, int u,
+                                 typename L::V (&c)[S::ORDER]) {
+    const T* row = spline.rows + tile.interval[t] * S::ORDER * S::NUMEL + Path::W + index_t(u) * Path::W_STRIDE;
+    for (int q = 0; q < S::ORDER; ++q) c[q] = lanes.load(row + q * index_t(S::NUMEL), Path::W_STRIDE);
+}
+
+// x and w of one edge and path for a vector of channels.
+template <class S, class Path, bool DUAL, class T, class TileT, class L>
+MF_INLINE void load_operands(const Operands<T>& in, const Operands<T>& tangent, const Spline<T>& spline,
+                             const TileT& tile, const L& lanes, int t, int u,
+                             typename NumberOf<DUAL, typename L::V>::type (&x)[Path::DX],
                              typename NumberOf<DUAL, typename L::V>::type& w) {
     typedef typename L::V V;
     typedef typename NumberOf<DUAL, V>::type N;
     for (int i = 0; i < Path::DX; ++i) {
-        const index_t at = s * in.x_row + Path::X_OFFSET + i * Path::MUL + u;
+        const index_t at = tile.sender[t] * in.x_row + Path::X_OFFSET + i * Path::MUL + u;
         x[i] = Make<N>::of(lanes.load(in.x + at), DUAL ? lanes.load_or_zero(tangent.x, at) : V{});
     }
-    if (Path::WEIGHTED) {
-        const index_t at = e * in.w_row + Path::W + index_t(u) * Path::W_STRIDE;
+    if constexpr (!Path::WEIGHTED) {
+        w = Make<N>::of(V{} + T(1), V{});
+    } else if constexpr (S::ORDER > 0) {
+        V c[S::ORDER];
+        read_coefficients<S, Path>(spline, tile, lanes, t, u, c);
+        w = Make<N>::of(spline_value<S::ORDER>(c, tile.place[t]), V{});
+    } else {
+        const index_t at = tile.edge[t] * in.w_row + Path::W + index_t(u) * Path::W_STRIDE;
         w = Make<N>::of(lanes.load(in.w + at, Path::W_STRIDE),
                         DUAL ? lanes.load_or_zero(tangent.w, at, Path::W_STRIDE) : V{});
-    } else {
-        w = Make<N>::of(V{} + T(1), V{});
     }
 }
 
 template <class S, bool DUAL>
 void conv_forward(const Graph& graph, const Operands<typename S::T>& in, const Operands<typename S::T>& tangent,
-                  typename S::T* z, index_t z_row, int threads) {
+                  const Spline<typename S::T>& spline, typename S::T* z, index_t z_row, int threads) {
     typedef typename S::T T;
     typedef typename VectorOf<T>::type V;
     typedef typename NumberOf<DUAL, V>::type N;
@@ -146,7 +176,7 @@ void conv_forward(const Graph& graph, const Operands<typename S::T>& in, const O
         for (index_t k = 0; k < z_row; ++k) row[k] = T(graph.poison);
         const index_t end = graph.begin(n + 1);
         for (index_t position = graph.begin(n); position < end; position += S::TILE) {
-            tile.couple(graph, in, tangent.y, position, int(end - position < S::TILE ? end - position : S::TILE));
+            tile.couple(graph, in, tangent.y, spline, position, int(end - position < S::TILE ? end - position : S::TILE));
             S::Paths::each([&](auto path) {
                 typedef decltype(path) Path;
                 each_vector<T>(Path::MUL, [&](int u, auto lanes) {
@@ -157,7 +187,7 @@ void conv_forward(const Graph& graph, const Operands<typename S::T>& in, const O
                     }
                     for (int t = 0; t < tile.count; ++t) {
                         N x[Path::DX], w, m[Path::FORMS];
-                        load_operands<Path, DUAL>(in, tangent, lanes, tile.edge[t], tile.sender[t], u, x, w);
+                        load_operands<S, Path, DUAL>(in, tangent, spline, tile, lanes, t, u, x, w);
                         if (Path::WEIGHTED)
                             for (int i = 0; i < Path::DX; ++i) x[i] = w * x[i];
                         tile.template read<Path>(t, m);
@@ -171,9 +201,11 @@ void conv_forward(const Graph& graph, const Operands<typename S::T>& in, const O
     });
 }
 
+// Gradients of <g, z>, or with DUAL their tangents: dx of each edge, dw, dy. With a spline there is no dw; the gradient
+// of the edge length follows those of y, as number NY of an edge.
 template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W>
 void conv_backward(const Graph& graph, const Operands<typename S::T>& in, const Operands<typename S::T>& tangent,
-                   const typename S::T* g, index_t g_row, typename S::T* dx, typename S::T* dy, typename S::T* dw,
+                   const Spline<typename S::T>& spline, const typename S::T* g, index_t g_row, typename S::T* dx, typename S::T* dy, typename S::T* dw,
                    int threads) {
     typedef typename S::T T;
     typedef typename VectorOf<T>::type V;
@@ -181,12 +213,13 @@ void conv_backward(const Graph& graph, const Operands<typename S::T>& in, const 
     each_receiver<S, DUAL>(graph, threads, [&](index_t n, Tile<S, DUAL>& tile) {
         const T* grad_row = g + n * g_row;
         const index_t end = graph.begin(n + 1);
-        V y_sum[WANT_Y ? S::TILE : 1][S::NY];
+        constexpr bool SPLINE = S::ORDER > 0;
+        V y_sum[WANT_Y ? S::TILE : 1][S::OUT];
         for (index_t position = graph.begin(n); position < end; position += S::TILE) {
-            tile.couple(graph, in, tangent.y, position, int(end - position < S::TILE ? end - position : S::TILE));
+            tile.couple(graph, in, tangent.y, spline, position, int(end - position < S::TILE ? end - position : S::TILE));
             for (int t = 0; t < tile.count; ++t) {
                 if (WANT_Y)
-                    for (int j = 0; j < S::NY; ++j) y_sum[t][j] = V{};
+                    for (int j = 0; j < S::OUT; ++j) y_sum[t][j] = V{};
                 if (WANT_X)
                     for (index_t i = 0; i < in.x_row; ++i) dx[tile.edge[t] * in.x_row + i] = T(0);
             }
@@ -198,8 +231,8 @@ void conv_backward(const Graph& graph, const Operands<typename S::T>& in, const 
                     for (int t = 0; t < tile.count; ++t) {
                         const index_t e = tile.edge[t];
                         N x[Path::DX], w, m[Path::FORMS], form_grad[Path::DX];
-                        load_operands<Path, DUAL>(in, tangent, lanes, e, tile.sender[t], u, x, w);
-                        if (WANT_X || WANT_W) {
+                        load_operands<S, Path, DUAL>(in, tangent, spline, tile, lanes, t, u, x, w);
+                        if (WANT_X || WANT_W || SPLINE) {
                             tile.template read<Path>(t, m);
                             Path::transpose(grad, m, form_grad);
                         }
@@ -209,10 +242,15 @@ void conv_backward(const Graph& graph, const Operands<typename S::T>& in, const 
                                 lanes.store(target, lanes.load(target) + result_of(w * form_grad[i]));
                             }
                         }
-                        if (WANT_W && Path::WEIGHTED) {
+                        if constexpr ((WANT_W || SPLINE) && Path::WEIGHTED) {
                             N sum = x[0] * form_grad[0];
                             for (int i = 1; i < Path::DX; ++i) sum += x[i] * form_grad[i];
-                            lanes.store(dw + e * S::NUMEL + Path::W + index_t(u) * Path::W_STRIDE, result_of(sum),
+                            if constexpr (SPLINE) {
+                                V c[S::ORDER];
+                                read_coefficients<S, Path>(spline, tile, lanes, t, u, c);
+                                y_sum[WANT_Y ? t : 0][S::NY] +=
+                                    result_of(sum) * (spline_slope<S::ORDER>(c, tile.place[t]) * spline.per_length);
+                            } else lanes.store(dw + e * S::NUMEL + Path::W + index_t(u) * Path::W_STRIDE, result_of(sum),
                                         Path::W_STRIDE);
                         }
                         if (WANT_Y) {
@@ -230,10 +268,10 @@ void conv_backward(const Graph& graph, const Operands<typename S::T>& in, const 
             });
             if (WANT_Y)
                 for (int t = 0; t < tile.count; ++t)
-                    for (int j = 0; j < S::NY; ++j) {
+                    for (int j = 0; j < S::OUT; ++j) {
                         T sum = T(0);
                         for (int lane = 0; lane < VectorOf<T>::width; ++lane) sum += y_sum[t][j][lane];
-                        dy[tile.edge[t] * S::NY + j] = sum;
+                        dy[tile.edge[t] * S::OUT + j] = sum;
                     }
         }
     });

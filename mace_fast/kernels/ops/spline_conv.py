@@ -1,0 +1,196 @@
+"""The channelwise convolution whose weights are splines of the edge length: nothing of size edges x weights is written.
+
+For inference: the gradient goes to node features, edge attributes and edge lengths, once. Weights, that is the coefficients,
+are constants.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
+from mace_fast.kernels.ops.channelwise import Spline, launch_of, run_kernel
+from mace_fast.kernels.ops.segment import Segments, segment_sum
+from mace_fast.kernels.source.channelwise import Variant
+
+_LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
+_GRAPH = "Tensor sender, Tensor? order, Tensor row, Tensor? sender_order, Tensor? sender_row"
+_SPLINE = "Tensor? table, Tensor rows, int intervals, float per_length"
+_LIBRARY.define(f"spline_conv(Tensor x, Tensor y, Tensor radius, {_GRAPH}, {_SPLINE}, str description) -> Tensor")
+_LIBRARY.define(
+    f"spline_conv_backward(Tensor x, Tensor y, Tensor radius, Tensor g, {_GRAPH}, {_SPLINE}, str description, "
+    "bool want_x) -> (Tensor, Tensor)"
+)
+
+
+class FrozenGraph(NamedTuple):
+    """Edges of a program with fixed shapes: there may be more edges than ``row`` lists; those are never read.
+
+    Attributes:
+        sender: [E] int32, row of x that an edge gathers.
+        order: [E] int32, edges by receiver; None where they lie in that order.
+        row: [num_receivers + 1] int32.
+        sender_order, sender_row: edges by sender, for the gradient of x; None where x has none. Where the list is padded,
+            one segment beyond the rows of x takes the padding.
+    """
+
+    sender: Tensor
+    order: Tensor | None
+    row: Tensor
+    sender_order: Tensor | None
+    sender_row: Tensor | None
+
+
+class RadialSpline(NamedTuple):
+    """Piecewise polynomials of the edge length, for all weights of a convolution.
+
+    Attributes:
+        table: [E] int32, which table an edge uses, or None when there is one.
+        rows: [tables * (intervals + 1), weight_numel, order] on CUDA, [.., order, weight_numel] on the CPU: coefficients
+            of each interval in powers of the place inside it (0 to 1), order 4 (cubic) or 6 (quintic). The last row of a
+            table is zero and serves all lengths from intervals / per_length on.
+        intervals: intervals of a table.
+        per_length: intervals per unit of length.
+    """
+
+    table: Tensor | None
+    rows: Tensor
+    intervals: int
+    per_length: float
+
+    @property
+    def order(self) -> int:
+        """Coefficients of an interval."""
+        return _order(self.rows)
+
+
+def spline_conv(
+    description: ChannelwiseTensorProduct, x: Tensor, y: Tensor, radius: Tensor, graph: FrozenGraph, spline: RadialSpline
+) -> Tensor:
+    """Graph convolution with weights interpolated inside the kernel; differentiable once, in x, y and radius.
+
+    Args:
+        description: what couples to what.
+        x: [rows, x_dim] node features, ``ir_mul``, float32 or float64.
+        y: [E, y_dim] edge attributes.
+        radius: [E] edge lengths.
+        graph: who gathers and sums.
+        spline: the weights.
+
+    Returns:
+        [num_receivers, z_dim], ``ir_mul``.
+
+    Raises:
+        TypeError, ValueError: operands that do not fit one another.
+    """
+    for name, operand, shape in (
+        ("x", x, (x.shape[0], description.x_dim)),
+        ("y", y, (radius.shape[0], description.y_dim)),
+        ("rows", spline.rows, (spline.rows.shape[0], *_knot_shape(description, spline.rows))),
+    ):
+        if operand.dtype != radius.dtype or operand.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} is {operand.dtype} and radius {radius.dtype}; both must be float32 or both float64")
+        if operand.device != radius.device:
+            raise ValueError(f"{name} is on {operand.device} and radius on {radius.device}; move them to one device")
+        if tuple(operand.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(operand.shape)}; this convolution needs {list(shape)}")
+    return torch.ops.mace_fast.spline_conv(x, y, radius, *graph, *spline, description.key)
+
+
+def _knot_shape(description: ChannelwiseTensorProduct, rows: Tensor) -> tuple[int, int]:
+    numel, order = description.weight_numel, _order(rows)
+    return (order, numel) if rows.device.type == "cpu" else (numel, order)
+
+
+def _order(rows: Tensor) -> int:
+    return rows.shape[1] if rows.device.type == "cpu" else rows.shape[2]
+
+
+def _graph_for_kernels(graph: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    sender, order, row, sender_order, sender_row = graph
+    return sender, None, order, row, sender_order, sender_row, None
+
+
+def _spline_for_kernels(radius: Tensor, spline: tuple[Any, ...]) -> Spline:
+    table, rows, intervals, per_length = spline
+    return radius, table, rows, intervals, per_length
+
+
+def _spline_conv(x: Tensor, y: Tensor, radius: Tensor, *rest: Any) -> Tensor:
+    graph, spline, key = rest[:5], rest[5:9], rest[9]
+    description = ChannelwiseTensorProduct.parse(key)
+    make = x.new_empty if description.covers_z else x.new_zeros
+    z = make((graph[2].shape[0] - 1, description.z_dim))
+    variant = Variant(False, False, order=_order(spline[1]))
+    run_kernel(
+        key,
+        variant,
+        (x.contiguous(), y.contiguous(), None),
+        (None, None, None),
+        _graph_for_kernels(graph),
+        (z, description.z_dim),
+        _spline_for_kernels(radius.contiguous(), spline),
+    )
+    return z
+
+
+def _spline_conv_backward(x: Tensor, y: Tensor, radius: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    graph, spline, key, want_x = rest[:5], rest[5:9], rest[9], rest[10]
+    description = ChannelwiseTensorProduct.parse(key)
+    variant = Variant(False, True, want_x, True, False, _order(spline[1]))
+    blocks = launch_of(key, x, variant).channel_blocks if x.is_cuda else 1
+    edges = radius.shape[0]
+    # Zeroed, since edges that pad the list are never written.
+    edge_grad = x.new_zeros((blocks, edges, description.y_dim + 1))
+    make = x.new_empty if description.covers_x else x.new_zeros
+    x_of_edges = make((edges, description.x_dim)) if want_x else x.new_empty(0)
+    run_kernel(
+        key,
+        variant,
+        (x.contiguous(), y.contiguous(), None),
+        (None, None, None),
+        _graph_for_kernels(graph),
+        (g.contiguous(), description.z_dim, x_of_edges, edge_grad, None),
+        _spline_for_kernels(radius.contiguous(), spline),
+    )
+    sender, _, _, sender_order, sender_row = graph
+    dx = x.new_empty(0)
+    if want_x:
+        dx = segment_sum(x_of_edges, Segments(sender, sender_order, sender_row))[: x.shape[0]]
+    return dx, edge_grad[0] if blocks == 1 else edge_grad.sum(0)
+
+
+for _name, _function in (("spline_conv", _spline_conv), ("spline_conv_backward", _spline_conv_backward)):
+    _LIBRARY.impl(_name, _function, "CPU")
+    _LIBRARY.impl(_name, _function, "CUDA")
+
+
+@torch.library.register_fake("mace_fast::spline_conv")
+def _(x: Tensor, y: Tensor, radius: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((rest[2].shape[0] - 1, ChannelwiseTensorProduct.parse(rest[9]).z_dim))
+
+
+@torch.library.register_fake("mace_fast::spline_conv_backward")
+def _(x: Tensor, y: Tensor, radius: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x) if rest[10] else x.new_empty(0)
+    return dx, x.new_empty((radius.shape[0], ChannelwiseTensorProduct.parse(rest[9]).y_dim + 1))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, y, radius, *graph = inputs[:8]
+    table, rows, ctx.intervals, ctx.per_length, ctx.key = inputs[8:]
+    ctx.save_for_backward(x, y, radius, *graph, table, rows)
+
+
+def _gradient(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    x, y, radius, *rest = ctx.saved_tensors
+    dx, edge = torch.ops.mace_fast.spline_conv_backward(
+        x, y, radius, g, *rest, ctx.intervals, ctx.per_length, ctx.key, ctx.needs_input_grad[0]
+    )
+    return (dx if ctx.needs_input_grad[0] else None, edge[:, :-1], edge[:, -1], *(None,) * 10)
+
+
+torch.library.register_autograd("mace_fast::spline_conv", _gradient, setup_context=_setup)

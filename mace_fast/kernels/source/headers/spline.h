@@ -1,0 +1,60 @@
+// Piecewise polynomials of the edge length on uniform intervals, a row of coefficients for each interval:
+// w(t) = c[0] + c[1] t + ... with t from 0 to 1 inside the interval. Coefficients, rather than values at knots, because
+// the slope would be a difference of nearly equal knots: in float32 that costs as many digits as there are intervals.
+#pragma once
+#include "number.h"
+
+namespace mf {
+
+// The row of a position (in units of the spacing) and its place t inside. The row after the last interval holds zeros and
+// serves all that lies beyond. A position that is not a number gives a t that is not.
+template <class T> MF_INLINE index_t find_interval(T position, index_t intervals, T& t) {
+    if (position >= T(intervals)) {
+        t = T(0);
+        return intervals;
+    }
+    const index_t interval = position > T(0) ? index_t(position) : 0;
+    t = position - T(interval);
+    return interval;
+}
+
+template <int ORDER, class V, class T> MF_INLINE V spline_value(const V* c, T t) {
+    V value = c[ORDER - 1];
+    for (int q = ORDER - 2; q >= 0; --q) value = value * t + c[q];
+    return value;
+}
+
+// Derivative with respect to t.
+template <int ORDER, class V, class T> MF_INLINE V spline_slope(const V* c, T t) {
+    V slope = c[ORDER - 1] * T(ORDER - 1);
+    for (int q = ORDER - 2; q >= 1; --q) slope = slope * t + c[q] * T(q);
+    return slope;
+}
+
+#ifdef __CUDACC__
+// ORDER coefficients that lie together, in loads as wide as their alignment allows.
+template <int ORDER> MF_INLINE void read_coefficients(const float* at, float* c) {
+    if (ORDER % 4 == 0) {
+#pragma unroll
+        for (int q = 0; q < ORDER; q += 4) {
+            const float4 v = __ldg(reinterpret_cast<const float4*>(at + q));
+            c[q] = v.x, c[q + 1] = v.y, c[q + 2] = v.z, c[q + 3] = v.w;
+        }
+    } else {
+#pragma unroll
+        for (int q = 0; q < ORDER; q += 2) {
+            const float2 v = __ldg(reinterpret_cast<const float2*>(at + q));
+            c[q] = v.x, c[q + 1] = v.y;
+        }
+    }
+}
+template <int ORDER> MF_INLINE void read_coefficients(const double* at, double* c) {
+#pragma unroll
+    for (int q = 0; q < ORDER; q += 2) {
+        const double2 v = __ldg(reinterpret_cast<const double2*>(at + q));
+        c[q] = v.x, c[q + 1] = v.y;
+    }
+}
+#endif
+
+}  // namespace mf
