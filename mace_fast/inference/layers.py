@@ -1,0 +1,214 @@
+"""One MACE layer of a frozen model: every weight prepared once, the radial network a spline.
+
+The interaction blocks of MACE differ in which of these steps they have; a layer is their common form:
+
+    message = down(conv(up(x)))                      conv: spline weights, summed at receivers
+    message = message / normalisation                mean, or a learned density of the edges
+    message = last(gate(message + residual))         non-linear blocks
+    message = by_species(message)                    blocks without a skip
+    x       = product(message) + skip(x)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mace_fast.inference.edges import SortedEdges
+from mace_fast.inference.tables import SplineTable
+from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, Path
+from mace_fast.kernels.description.linear import Linear
+from mace_fast.kernels.description.polynomial import WeightedPolynomial
+from mace_fast.kernels.ops.linear import arrange_indexed_weight, indexed_linear, linear
+from mace_fast.kernels.ops.spline_conv import FrozenGraph, RadialSpline, spline_conv
+from mace_fast.kernels.ops.symmetric import fold_weights, weighted_polynomial
+from mace_fast.patch.blocks.interaction import (
+    FastInteraction,
+    FastRealAgnosticResidualNonLinearInteraction,
+    NonLinearPlan,
+)
+from mace_fast.patch.blocks.product import FastEquivariantProductBasis, contraction_weights
+
+Map = Callable[[Tensor], Tensor]
+
+_DENSITY = ChannelwiseTensorProduct(((1, 0),), ((1, 0),), ((1, 0),), (Path(0, 0, 0, 1.0),))
+"""The density of an atom is a convolution too: of ones, by the last column of the spline."""
+
+
+@dataclass(frozen=True)
+class EdgeInputs:
+    """What the edges of one evaluation bring: lengths [E] and spherical harmonics [E, y_dim], sorted."""
+
+    radius: Tensor
+    harmonics: Tensor
+    edges: SortedEdges
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Coefficients of splines on the device of the model."""
+
+    rows: Tensor
+    intervals: int
+    per_length: float
+
+    @staticmethod
+    def of(table: SplineTable, columns: slice, like: Tensor) -> Rows:
+        """Some columns of a table in the dtype, device and storage order that the kernels want."""
+        rows = table.rows[:, :, columns].to(like.dtype)
+        if like.is_cuda:
+            rows = rows.transpose(1, 2)
+        return Rows(rows.contiguous().to(like.device), table.intervals, table.per_length)
+
+    def spline(self, edges: SortedEdges) -> RadialSpline:
+        """The splines for these edges."""
+        return RadialSpline(edges.pair, self.rows, self.intervals, self.per_length)
+
+
+@dataclass(frozen=True)
+class FrozenLayer:
+    """An interaction and a product with their weights prepared. ``first`` gathers features by species, not by atom."""
+
+    conv: ChannelwiseTensorProduct
+    weights: Rows
+    density: Rows | None
+    up: Map
+    first: Tensor | None
+    down: Map
+    normalise: Callable[[Tensor, Tensor], Tensor] | None
+    residual: Map | None
+    finish: Map | None
+    by_species: Callable[[Tensor, EdgeInputs], Tensor] | None
+    skip: Callable[[Tensor, EdgeInputs], Tensor] | None
+    product: Callable[[Tensor, Tensor | None, EdgeInputs], Tensor]
+
+    def __call__(self, x: Tensor, inputs: EdgeInputs) -> Tensor:
+        """Node features [N, hidden] (mul_ir) of the next layer."""
+        edges = inputs.edges
+        if self.first is not None:
+            # Nothing flows back into features that are functions of the species, so no sum over senders is needed.
+            up, sender = self.first, edges.sender_species
+            graph = FrozenGraph(sender, None, edges.row, None, None)
+        else:
+            up = self.up(x)
+            graph = FrozenGraph(edges.sender, None, edges.row, edges.sender_order, edges.sender_row)
+        message = spline_conv(self.conv, up, inputs.harmonics, inputs.radius, graph, self.weights.spline(edges))
+        message = self.down(message)
+        if self.density is not None:
+            assert self.normalise is not None
+            message = self.normalise(message, self._density_of(self.density, inputs))
+        if self.residual is not None:
+            message = message + self.residual(self.up(x))
+        if self.finish is not None:
+            message = self.finish(message)
+        if self.by_species is not None:
+            message = self.by_species(message, inputs)
+        return self.product(message, self.skip(x, inputs) if self.skip is not None else None, inputs)
+
+    @staticmethod
+    def _density_of(rows: Rows, inputs: EdgeInputs) -> Tensor:
+        edges, radius = inputs.edges, inputs.radius
+        one = radius.new_ones((1, 1))
+        graph = FrozenGraph(torch.zeros_like(edges.sender), None, edges.row, None, None)
+        return spline_conv(_DENSITY, one, radius.new_ones((radius.shape[0], 1)), radius, graph, rows.spline(edges))
+
+
+def freeze_layer(
+    interaction: FastInteraction,
+    product: FastEquivariantProductBasis,
+    table: SplineTable,
+    embedding: Tensor | None,
+) -> FrozenLayer:
+    """Prepare one layer.
+
+    Args:
+        interaction, product: the fast blocks, on the device and in the dtype of the program.
+        table: their radial functions, the density last where there is one.
+        embedding: [Z, features] node features of each species, for a first layer that sees nothing else.
+    """
+    plan: Any = interaction._plan
+    numel = plan.conv.weight_numel
+    up_weight = interaction.linear_up.weight.detach()
+    nonlinear = isinstance(interaction, FastRealAgnosticResidualNonLinearInteraction)
+    has_density = interaction.has_density
+    down_module: Any = interaction.linear_1 if nonlinear else interaction.linear
+    down_weight = down_module.weight.detach()
+    if not has_density:
+        down_weight = down_weight / interaction.avg_num_neighbors
+    normalise: Callable[[Tensor, Tensor], Tensor] | None = None
+    residual = finish = None
+    if nonlinear:
+        alpha, beta = interaction.alpha.detach(), interaction.beta.detach()
+        normalise = _affine(alpha, beta)
+        residual = _linear(interaction.linear_res.weight, plan.residual)
+        finish = _gated(plan, interaction)
+    elif has_density:
+        normalise = _one_plus
+    skip = by_species = None
+    if plan.species:
+        indexed = _indexed(interaction.skip_tp.weight, plan.skip, plan.species)
+        skip, by_species = (None, indexed) if interaction.indexes_message else (indexed, None)
+    else:
+        plain = _linear(interaction.skip_tp.weight, plan.skip)
+        skip = lambda x, inputs: plain(x)  # noqa: E731
+    return FrozenLayer(
+        conv=plan.conv,
+        weights=Rows.of(table, slice(0, numel), up_weight),
+        density=Rows.of(table, slice(numel, numel + 1), up_weight) if has_density else None,
+        up=_linear(up_weight, plan.up),
+        first=None if embedding is None else linear(embedding, up_weight, plan.up),
+        down=_linear(down_weight, plan.down),
+        normalise=normalise,
+        residual=residual,
+        finish=finish,
+        by_species=by_species,
+        skip=skip,
+        product=_product(product, plan.channels, plan.components),
+    )
+
+
+def _linear(weight: Tensor, description: Linear) -> Map:
+    frozen = weight.detach()
+    return lambda x: linear(x, frozen, description)
+
+
+def _indexed(weight: Tensor, description: Linear, species: int) -> Callable[[Tensor, EdgeInputs], Tensor]:
+    arranged = arrange_indexed_weight(weight.detach(), description, species).contiguous()
+    return lambda x, inputs: indexed_linear(x, arranged, inputs.edges.species, description, inputs.edges.groups)
+
+
+def _one_plus(message: Tensor, density: Tensor) -> Tensor:
+    return message / (density + 1)
+
+
+def _affine(alpha: Tensor, beta: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda message, density: message / (density * beta + alpha)
+
+
+def _gated(plan: NonLinearPlan, block: Any) -> Map:
+    last = block.linear_2.weight.detach()
+    gate = block.equivariant_nonlin
+    return lambda message: linear(plan.gate(gate, message), last, plan.last)
+
+
+def _product(
+    block: FastEquivariantProductBasis, channels: int, components: int
+) -> Callable[[Tensor, Tensor | None, EdgeInputs], Tensor]:
+    plan = block._plan
+    weights = torch.cat([w.detach() for w in contraction_weights(block.symmetric_contractions)], dim=1)
+    folded = fold_weights(plan.contraction, weights)
+    polynomial: WeightedPolynomial = plan.contraction.polynomial
+    last = block.linear.weight.detach()
+    use_skip = block.use_sc
+
+    def product(message: Tensor, skip: Tensor | None, inputs: EdgeInputs) -> Tensor:
+        x = message.view(-1, components, channels)
+        species = torch.zeros_like(inputs.edges.species) if plan.agnostic else inputs.edges.species
+        out = linear(weighted_polynomial(polynomial, x, folded, species).flatten(1), last, plan.last)
+        return out + skip if use_skip and skip is not None else out
+
+    return product

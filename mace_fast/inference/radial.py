@@ -1,0 +1,60 @@
+"""Which functions of the distance a MACE layer uses, read from the live modules and evaluated in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mace_fast.inference.tables import RadialFunction
+from mace_fast.patch.blocks.interaction import (
+    FastInteraction,
+    FastRealAgnosticAttResidualInteraction,
+    FastRealAgnosticResidualNonLinearInteraction,
+)
+
+
+def depends_on_species(model: Any) -> bool:
+    """Whether the radial functions differ between pairs of species."""
+    transformed = "distance_transform" in model.radial_embedding._modules
+    return transformed or any(isinstance(b, FastRealAgnosticResidualNonLinearInteraction) for b in model.interactions)
+
+
+def radial_weights(model: Any, layer: int, sender: int, receiver: int) -> RadialFunction:
+    """Weights of the tensor product of a layer for a pair of species; the last column is the density, if it has one.
+
+    Args:
+        model: a converted model in float64 on the CPU.
+        layer: which interaction.
+        sender, receiver: positions of the species in the model's ``atomic_numbers``.
+    """
+    block: FastInteraction = model.interactions[layer]
+    assert not isinstance(block, FastRealAgnosticAttResidualInteraction)
+    attrs = torch.eye(len(model.atomic_numbers), dtype=torch.float64)[[sender, receiver]]
+
+    def function(r: Tensor) -> Tensor:
+        edge_index = torch.tensor([[0], [1]]).expand(2, r.shape[0])
+        feats, cutoff = model.radial_embedding(r[:, None], attrs, edge_index, model.atomic_numbers)
+        plan: Any = block._plan
+        if isinstance(block, FastRealAgnosticResidualNonLinearInteraction):
+            ends = [
+                _linear_row(module, attrs[end])
+                for end, module in enumerate((block.source_embedding, block.target_embedding))
+            ]
+            inputs = torch.cat([feats, *(end.expand(r.shape[0], -1) for end in ends)], dim=1)
+            weights = block.conv_tp_weights(inputs)
+            density = torch.tanh(block.density_fn(inputs) ** 2)
+        else:
+            weights = plan.radial(block.conv_tp_weights, feats)
+            density = torch.tanh(plan.density(block.density_fn, feats) ** 2) if plan.density is not None else None
+        columns = weights if density is None else torch.cat([weights, density], dim=1)
+        return columns if cutoff is None else columns * cutoff
+
+    return function
+
+
+def _linear_row(module: Any, row: Tensor) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = module(row[None])
+    return out

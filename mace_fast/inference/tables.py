@@ -1,0 +1,140 @@
+"""The radial networks of a frozen model as splines of the distance, with an error bound proven for each table.
+
+The weights of a convolution are functions of the edge length, and in newer models of the two species, alone. They are
+evaluated in float64 at uniform knots, with exact derivatives, and the quintics made of them are compared with the network
+between the knots; where they are not good enough, intervals are halved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mace_fast.errors import UnsupportedModuleError
+
+RadialFunction = Callable[[Tensor], Tensor]
+"""Distances [K] (A, float64) to values [K, n]."""
+
+_FIRST_INTERVALS = {torch.float32: 256, torch.float64: 2048}
+_LAST_INTERVALS = {torch.float32: 2048, torch.float64: 8192}
+_TOLERANCE = {torch.float32: 4e-9, torch.float64: 1e-13}
+"""Error between knots over the largest value. A tenth of the rounding of the type and less, because forces need the
+slope, whose error is larger by about the number of intervals per A."""
+
+_PROVEN_FROM = 0.3
+"""Distances (A) from which the bound is proven; shorter ones do not occur, but have knots."""
+
+_ZERO = 1e-3
+"""Stands for a distance of zero (A), where radial bases divide by it."""
+
+
+@dataclass(frozen=True)
+class SplineTable:
+    """Splines of several functions of the distance on one grid.
+
+    Attributes:
+        rows: [tables * (intervals + 1), order, n] coefficients, float64, CPU; the last row of each table is zero.
+        intervals: of each table.
+        cutoff: distance (A) at which tables end.
+        error: the largest error seen between knots, over the largest value.
+    """
+
+    rows: Tensor
+    intervals: int
+    cutoff: float
+    error: float
+
+    @property
+    def per_length(self) -> float:
+        """Intervals per A."""
+        return self.intervals / self.cutoff
+
+
+def tabulate(name: str, functions: list[RadialFunction], cutoff: float, dtype: torch.dtype) -> SplineTable:
+    """Splines for a model of this dtype, refined until the bound holds.
+
+    Raises:
+        UnsupportedModuleError: the bound does not hold with the finest grid.
+    """
+    intervals = _FIRST_INTERVALS[dtype]
+    while True:
+        rows = [_rows(function, cutoff, intervals) for function in functions]
+        error = max(_error(table, f, cutoff, intervals) for table, f in zip(rows, functions, strict=True))
+        if error <= _TOLERANCE[dtype]:
+            return SplineTable(torch.cat(rows), intervals, cutoff, error)
+        if intervals >= _LAST_INTERVALS[dtype]:
+            raise UnsupportedModuleError(
+                f"the radial network of {name} cannot be tabulated: with {intervals} intervals its spline is off by "
+                f"{error:.1e} of the largest weight, more than {_TOLERANCE[dtype]:.0e}; use convert(model) without "
+                "mode='inference'"
+            )
+        intervals *= 2
+
+
+def _rows(function: RadialFunction, cutoff: float, intervals: int) -> Tensor:
+    """Coefficients [intervals + 1, 6, n], the last row zero.
+
+    Each quintic has the value and three derivatives of the function at the lower end, and its slope and curvature at
+    the upper end. The value there is not used: the difference of two nearly equal values would bring their rounding,
+    magnified by the number of intervals, into the slope.
+    """
+    r = torch.linspace(0, cutoff, intervals + 1, dtype=torch.float64)
+    r[0] = _ZERO
+    spacing = cutoff / intervals
+    values = _derivatives(function, r, 4)
+    knots = [value * spacing**n for n, value in enumerate(values)]
+    knots = [torch.cat([k[:-1], torch.where(torch.isfinite(k[-1:]), k[-1:], 0.0)]) for k in knots]
+    if not all(bool(torch.isfinite(k).all()) for k in knots):
+        raise UnsupportedModuleError("a radial function is not finite between zero and the cutoff; it cannot be tabulated")
+    c0, c1, c2, c3 = (knots[n][:-1] / factor for n, factor in enumerate((1, 1, 2, 6)))
+    slope = knots[1][1:] - c1 - 2 * c2 - 3 * c3
+    bend = knots[2][1:] - 2 * c2 - 6 * c3
+    c4 = (4 * slope - bend) / 4
+    c5 = (bend - 3 * slope) / 5
+    rows = [c0, c1, c2, c3, c4, c5]
+    table = torch.stack(rows, dim=1)
+    return torch.cat([table, torch.zeros_like(table[:1])])
+
+
+def _derivatives(function: RadialFunction, r: Tensor, order: int) -> list[Tensor]:
+    """The function and its first order - 1 derivatives, each [K, n].
+
+    With one seed per value, the gradient of <seed, f> with respect to r is linear in the seed, and its gradient with
+    respect to the seed is f'. So reverse mode gives all columns at once; forward mode does not exist for all of torch.
+    """
+    r = r.clone().requires_grad_()
+    with torch.enable_grad():
+        values = [function(r)]
+        seed = torch.ones_like(values[0]).requires_grad_()
+        contracted = (values[0] * seed).sum()
+        for _ in range(order - 1):
+            (slope,) = torch.autograd.grad(contracted, r, create_graph=True)
+            contracted = slope.sum()
+            (derivative,) = torch.autograd.grad(contracted, seed, retain_graph=True)
+            values.append(derivative)
+    return [value.detach() for value in values]
+
+
+def _error(rows: Tensor, function: RadialFunction, cutoff: float, intervals: int) -> float:
+    positions = (torch.arange(intervals, dtype=torch.float64)[:, None] + torch.tensor([0.25, 0.5, 0.8])).flatten()
+    r = positions * (cutoff / intervals)
+    seen = r >= min(_PROVEN_FROM, cutoff / 2)
+    with torch.no_grad():
+        exact = function(r[seen])
+    scale = float(exact.abs().max())
+    if scale == 0.0:
+        return 0.0
+    return float((interpolate(rows, positions[seen]) - exact).abs().max()) / scale
+
+
+def interpolate(rows: Tensor, positions: Tensor) -> Tensor:
+    """Splines with coefficients [K + 1, order, n] at positions [P] in units of the spacing; the kernels' definition."""
+    interval = positions.long().clamp(max=rows.shape[0] - 1)
+    t = (positions - interval)[:, None]
+    value = rows[interval, -1]
+    for power in range(rows.shape[1] - 2, -1, -1):
+        value = value * t + rows[interval, power]
+    return value
