@@ -1,7 +1,7 @@
 """Convolution kernels beside their peers, in one process: forward, backward and double backward.
 
-    python benchmarks/conv.py                         # all problems on the diamond graph, every peer that is installed
-    python benchmarks/conv.py --problems medium-L2 --backends mace_fast e3nn --dtypes float64 --graphs star
+    python -m benchmarks.conv                         # all problems on the diamond graph, every peer that is installed
+    python -m benchmarks.conv --problems medium-L2 --backends mace_fast e3nn --dtypes float64 --graphs star
 
 Each backend's results are compared with mace_fast's in the same run before anything is timed.
 """
@@ -71,7 +71,10 @@ def _peer(backend: str, problem: Problem, nodes: int, sender: Tensor, receiver: 
 
 def _to_mul_ir(x: Tensor, irreps: o3.Irreps) -> Tensor:
     """ir_mul -> mul_ir, for comparing and for feeding peers the same numbers."""
-    blocks = [x[:, s].reshape(-1, ir.dim, mul).transpose(1, 2).reshape(x.shape[0], -1) for (mul, ir), s in zip(irreps, irreps.slices(), strict=True)]
+    blocks = [
+        x[:, s].reshape(-1, ir.dim, mul).transpose(1, 2).reshape(x.shape[0], -1)
+        for (mul, ir), s in zip(irreps, irreps.slices(), strict=True)
+    ]
     return torch.cat(blocks, 1)
 
 
@@ -97,7 +100,10 @@ def measure(problem: Problem, backend: str, graph: str, dtype: torch.dtype, devi
     if backend != "mace_fast":
         expected = ours(x, y, w)
         if backend != "cueq":
-            x, expected = _to_mul_ir(x, o3.Irreps(problem.node_irreps)), _to_mul_ir(expected, problem.instructions()[0])
+            x, expected = (
+                _to_mul_ir(x, o3.Irreps(problem.node_irreps)),
+                _to_mul_ir(expected, problem.instructions()[0]),
+            )
         got = conv(x, y, w)
         difference = float((got - expected).norm() / expected.norm())
         row["rel_difference"] = difference
@@ -140,7 +146,11 @@ def floor_ms(problem: Problem, nodes: int, edges: int, dtype: torch.dtype, bandw
     backward = inputs + z + inputs
     double = (inputs + z) + inputs + inputs + z
     unit = dtype.itemsize / bandwidth * 1e3
-    return {"fwd": forward * unit, "fwdbwd": (forward + backward) * unit, "fwdbwdbwd": (forward + backward + double) * unit}
+    return {
+        "fwd": forward * unit,
+        "fwdbwd": (forward + backward) * unit,
+        "fwdbwdbwd": (forward + backward + double) * unit,
+    }
 
 
 def main() -> None:
@@ -152,7 +162,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=None, help="write JSON rows here")
     args = parser.parse_args()
-    device = torch.device(args.device, 0 if args.device == "cuda" else None) if args.device != "cpu" else torch.device("cpu")
+    device = (
+        torch.device(args.device, 0 if args.device == "cuda" else None) if args.device != "cpu" else torch.device("cpu")
+    )
     torch.backends.cuda.matmul.allow_tf32 = False
     bandwidth = copy_bandwidth(device)
     print(f"{device_name(device)}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
@@ -167,7 +179,13 @@ def main() -> None:
                     except (ImportError, RuntimeError, NotImplementedError, TypeError) as error:
                         if backend == "mace_fast":
                             raise
-                        row = {"problem": name, "backend": backend, "graph": graph, "dtype": dtype_name, "error": str(error)[:200]}
+                        row = {
+                            "problem": name,
+                            "backend": backend,
+                            "graph": graph,
+                            "dtype": dtype_name,
+                            "error": str(error)[:200],
+                        }
                     if "fwd_ms" in row:
                         floors = floor_ms(PROBLEMS[name], int(row["nodes"]), int(row["edges"]), dtype, bandwidth)
                         row["floor_fraction"] = {
@@ -185,7 +203,12 @@ def main() -> None:
                         torch.cuda.empty_cache()
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        result = {"device": device_name(device), "torch": torch.__version__, "copy_TBs": round(bandwidth / 1e12, 3), "rows": rows}
+        result = {
+            "device": device_name(device),
+            "torch": torch.__version__,
+            "copy_TBs": round(bandwidth / 1e12, 3),
+            "rows": rows,
+        }
         args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

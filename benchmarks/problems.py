@@ -38,7 +38,9 @@ class Problem:
 
     def description(self) -> ChannelwiseTensorProduct:
         irreps, instructions = self.instructions()
-        blocks = [tuple((mul, ir.l) for mul, ir in irs) for irs in (o3.Irreps(self.node_irreps), self.edge_irreps, irreps)]
+        blocks = [
+            tuple((mul, ir.l) for mul, ir in irs) for irs in (o3.Irreps(self.node_irreps), self.edge_irreps, irreps)
+        ]
         paths = tuple(Path(i, j, k, float(irreps[k].ir.dim) ** 0.5) for i, j, k, _, _ in instructions)
         return ChannelwiseTensorProduct(blocks[0], blocks[1], blocks[2], paths)
 

@@ -87,7 +87,13 @@ def random_product(rng: np.random.Generator) -> ChannelwiseTensorProduct:
 
 
 def operands(
-    d: ChannelwiseTensorProduct, nodes: int, edges: int, *, dtype: torch.dtype, device: str = "cpu", shared: bool = False
+    d: ChannelwiseTensorProduct,
+    nodes: int,
+    edges: int,
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    shared: bool = False,
 ) -> list[Tensor]:
     """Signed random x, y, w that require gradients."""
     shapes = [(nodes, d.x_dim), (edges, d.y_dim), (d.weight_numel,) if shared else (edges, d.weight_numel)]

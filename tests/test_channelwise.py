@@ -21,9 +21,7 @@ def random_graph(nodes: int, edges: int, device: str) -> tuple[torch.Tensor, tor
     )
 
 
-def check_all_orders(
-    d: ChannelwiseTensorProduct, dtype: torch.dtype, device: str, *, nodes: int, edges: int
-) -> None:
+def check_all_orders(d: ChannelwiseTensorProduct, dtype: torch.dtype, device: str, *, nodes: int, edges: int) -> None:
     """z, its gradients and gradients of those, each against torch's derivatives of the float64 definition."""
     sender, receiver = random_graph(nodes, edges, device)
     graph = edge_graph(sender, receiver, nodes, nodes)
@@ -79,9 +77,7 @@ def test_many_segments_on_gpu(seed: int) -> None:
             for l3 in range(abs(l1 - l2), min(l1 + l2, 3) + 1):
                 paths.append(Path(i, j, len(z), 0.5))
                 z.append((mul, l3))
-    check_all_orders(
-        ChannelwiseTensorProduct(x, y, tuple(z), tuple(paths)), torch.float32, "cuda", nodes=5, edges=80
-    )
+    check_all_orders(ChannelwiseTensorProduct(x, y, tuple(z), tuple(paths)), torch.float32, "cuda", nodes=5, edges=80)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,6 +1,7 @@
 """A frozen model as one program: energies, forces and stress with nothing of size edges x weights in memory."""
 
+from mace_fast.inference.api import freeze, verify_frozen
 from mace_fast.inference.captured import CapturedMACE
 from mace_fast.inference.frozen import FrozenMACE
 
-__all__ = ["CapturedMACE", "FrozenMACE"]
+__all__ = ["CapturedMACE", "FrozenMACE", "freeze", "verify_frozen"]

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from mace_fast.errors import MissingToolError
 from mace_fast.inference.edges import SortedEdges, pad
-from mace_fast.inference.frozen import FrozenMACE, atomic_forces, edge_vectors, pair_virials, virials_and_stress
+from mace_fast.inference.frozen import (
+    FrozenMACE,
+    atomic_forces,
+    edge_vectors,
+    pair_virials,
+    virials_and_stress,
+)
 
 _BUCKET = 4096
 """Edge lists are padded to a multiple of this, with an eighth of room for lists that grow."""
@@ -53,7 +59,9 @@ class CapturedMACE:
     def __init__(self, model: FrozenMACE, *, keep: int = 4) -> None:
         device = next(model.parameters()).device
         if device.type != "cuda":
-            raise MissingToolError(f"CUDA graphs need a CUDA device; the model is on {device}. Call the frozen model itself")
+            raise MissingToolError(
+                f"CUDA graphs need a CUDA device; the model is on {device}. Call the frozen model itself"
+            )
         self.model = model
         self.device = device
         self._keep = keep
@@ -70,7 +78,13 @@ class CapturedMACE:
         capacity = -(-(count + count // 8) // _BUCKET) * _BUCKET
         constants = tuple(data[name] for name in ("node_attrs", "batch", "ptr", "head") if name in data)
         extra = tuple(name for name in getattr(self.model, "embedding_specs", {}))
-        kind = (data["positions"].shape[0], data["ptr"].shape[0], compute_force, compute_stress, len(constants))
+        kind = (
+            data["positions"].shape[0],
+            data["ptr"].shape[0],
+            compute_force,
+            compute_stress,
+            len(constants),
+        )
         capture = self._captures.get(kind)
         if capture is None or capture.prepared is not prepared or count > capture.edges.sender.shape[0]:
             self._captures.pop(kind, None)
@@ -80,7 +94,9 @@ class CapturedMACE:
                 self._captures.popitem(last=False)
         self._captures.move_to_end(kind)
         sources = (edges, *constants)
-        if len(capture.sources) != len(sources) or any(a is not b for a, b in zip(capture.sources, sources, strict=True)):
+        if len(capture.sources) != len(sources) or any(
+            a is not b for a, b in zip(capture.sources, sources, strict=True)
+        ):
             self._load_edges(capture, pad(edges, capture.edges.sender.shape[0]))
             for name in ("node_attrs", "batch", "ptr", "head"):
                 if name in data:
@@ -94,10 +110,16 @@ class CapturedMACE:
         return {name: value.clone() for name, value in capture.outputs.items()}
 
     def _capture(
-        self, data: dict[str, Tensor], edges: SortedEdges, prepared: object, compute_force: bool, compute_stress: bool
+        self,
+        data: dict[str, Tensor],
+        edges: SortedEdges,
+        prepared: object,
+        compute_force: bool,
+        compute_stress: bool,
     ) -> _Capture:
         static = {name: value.detach().clone() for name, value in data.items() if isinstance(value, Tensor)}
-        fixed = edges._replace(**{n: v.clone() for n, v in edges._asdict().items() if isinstance(v, Tensor)})
+        tensors: dict[str, Any] = {n: v.clone() for n, v in edges._asdict().items() if isinstance(v, Tensor)}
+        fixed = edges._replace(**tensors)
         shifts = torch.full((edges.sender.shape[0], 3), _FAR, dtype=static["positions"].dtype, device=self.device)
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -112,7 +134,12 @@ class CapturedMACE:
         return _Capture(graph, static, fixed, shifts, (), outputs, prepared)
 
     def _run(
-        self, data: dict[str, Tensor], edges: SortedEdges, shifts: Tensor, compute_force: bool, compute_stress: bool
+        self,
+        data: dict[str, Tensor],
+        edges: SortedEdges,
+        shifts: Tensor,
+        compute_force: bool,
+        compute_stress: bool,
     ) -> dict[str, Tensor]:
         with torch.enable_grad():
             vectors = edge_vectors(data["positions"], edges, shifts)

@@ -13,7 +13,7 @@ from mace_fast.kernels.ops.segment import Segments, segments
 
 
 class SortedEdges(NamedTuple):
-    """Edges by receiver and, among those of a receiver, by length, so that neighbours in the list read the same coefficients.
+    """Edges by receiver, and those of a receiver by length, so that neighbours in the list read the same coefficients.
 
     Attributes:
         permutation: [E] int64, position in the caller's list of each sorted edge.

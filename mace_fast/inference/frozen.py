@@ -40,6 +40,21 @@ class FrozenMACE(torch.nn.Module):
         UnsupportedModuleError: a block whose weights are no functions of the distance, or not a MACE energy model.
     """
 
+    _converted: tuple[torch.nn.Module]  # a tuple hides it from torch's registration of submodules
+    atomic_energies_fn: Any
+    atomic_numbers: Any
+    embedding_readout: Any
+    embedding_specs: Any
+    interactions: Any
+    joint_embedding: Any
+    node_embedding: Any
+    pair_repulsion_fn: Any
+    products: Any
+    r_max: Any
+    readouts: Any
+    scale_shift: Any
+    spherical_harmonics: Any
+
     def __init__(self, fast: torch.nn.Module) -> None:
         super().__init__()
         _require_frozen_form(fast)
@@ -78,11 +93,15 @@ class FrozenMACE(torch.nn.Module):
         Raises:
             NotImplementedError: training, Hessian or LAMMPS; the message says what to use instead.
         """
-        for flag, name in ((training, "training"), (compute_hessian, "compute_hessian"), (lammps_mliap, "lammps_mliap")):
+        for flag, name in (
+            (training, "training"),
+            (compute_hessian, "compute_hessian"),
+            (lammps_mliap, "lammps_mliap"),
+        ):
             if flag:
                 raise NotImplementedError(
-                    f"{name}=True needs more than first derivatives of a frozen model; use convert(model) without "
-                    "mode='inference'"
+                    f"{name}=True needs more than first derivatives of a frozen model; use mace_fast.convert, "
+                    "whose models can do it"
                 )
         edges = self.sorted_edges(data)
         want_virials = compute_virials or compute_stress
@@ -128,9 +147,7 @@ class FrozenMACE(torch.nn.Module):
                 if inside is not None and not bool(inside):
                     raise ValueError(f"edge_index holds an index outside [0, {nodes}); rebuild the neighbour list")
                 lengths = (data["positions"][receiver] - data["positions"][sender] + data["shifts"]).norm(dim=1)
-                edges = sort_edges(
-                    data["edge_index"], lengths, data["node_attrs"], by_species=depends_on_species(self)
-                )
+                edges = sort_edges(data["edge_index"], lengths, data["node_attrs"], by_species=depends_on_species(self))
             self._memo.put(sources, edges)
         return edges
 
@@ -172,7 +189,12 @@ class FrozenMACE(torch.nn.Module):
 
     def _fingerprint(self) -> tuple[object, ...]:
         parameters = list(self.parameters())
-        return (sum(p._version for p in parameters), parameters[0].data_ptr(), parameters[0].dtype, parameters[0].device)
+        return (
+            sum(p._version for p in parameters),
+            parameters[0].data_ptr(),
+            parameters[0].dtype,
+            parameters[0].device,
+        )
 
     def _tables(self, present: tuple[int, ...]) -> list[SplineTable]:
         exact = copy.deepcopy(self._converted[0]).to("cpu", torch.float64)
@@ -256,9 +278,7 @@ class FrozenMACE(torch.nn.Module):
             return inputs.radius.new_zeros(data["node_attrs"].shape[0])
         edges = inputs.edges
         index = torch.stack([edges.sender, edges.receiver]).long()
-        energy: Tensor = self.pair_repulsion_fn(
-            inputs.radius[:, None], data["node_attrs"], index, self.atomic_numbers
-        )
+        energy: Tensor = self.pair_repulsion_fn(inputs.radius[:, None], data["node_attrs"], index, self.atomic_numbers)
         return energy
 
 
@@ -320,7 +340,7 @@ def _require_frozen_form(model: Any) -> None:
         if isinstance(interaction, FastRealAgnosticAttResidualInteraction):
             raise UnsupportedModuleError(
                 f"interactions.{layer}: its radial weights depend on node features, so they are no function of the "
-                "distance; use convert(model) without mode='inference'"
+                "distance; use mace_fast.convert"
             )
         if not isinstance(interaction, FastInteraction):
             raise UnsupportedModuleError(

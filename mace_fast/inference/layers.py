@@ -27,7 +27,6 @@ from mace_fast.kernels.ops.linear import arrange_indexed_weight, indexed_linear,
 from mace_fast.kernels.ops.spline_conv import FrozenGraph, RadialSpline, spline_conv
 from mace_fast.kernels.ops.symmetric import fold_weights, weighted_polynomial
 from mace_fast.patch.blocks.interaction import (
-    FastInteraction,
     FastRealAgnosticResidualNonLinearInteraction,
     NonLinearPlan,
 )
@@ -118,7 +117,7 @@ class FrozenLayer:
 
 
 def freeze_layer(
-    interaction: FastInteraction,
+    interaction: Any,
     product: FastEquivariantProductBasis,
     table: SplineTable,
     embedding: Tensor | None,
@@ -126,7 +125,7 @@ def freeze_layer(
     """Prepare one layer.
 
     Args:
-        interaction, product: the fast blocks, on the device and in the dtype of the program.
+        interaction, product: the fast blocks (a ``FastInteraction`` that is not the attention block), on the device and in the dtype of the program.
         table: their radial functions, the density last where there is one.
         embedding: [Z, features] node features of each species, for a first layer that sees nothing else.
     """

@@ -43,8 +43,8 @@ def radial_weights(model: Any, layer: int, sender: int, receiver: int) -> Radial
                 for end, module in enumerate((block.source_embedding, block.target_embedding))
             ]
             inputs = torch.cat([feats, *(end.expand(r.shape[0], -1) for end in ends)], dim=1)
-            weights = block.conv_tp_weights(inputs)
-            density = torch.tanh(block.density_fn(inputs) ** 2)
+            weights = _network(block.conv_tp_weights, inputs)
+            density: Tensor | None = torch.tanh(_network(block.density_fn, inputs) ** 2)
         else:
             weights = plan.radial(block.conv_tp_weights, feats)
             density = torch.tanh(plan.density(block.density_fn, feats) ** 2) if plan.density is not None else None
@@ -52,6 +52,19 @@ def radial_weights(model: Any, layer: int, sender: int, receiver: int) -> Radial
         return columns if cutoff is None else columns * cutoff
 
     return function
+
+
+def _network(network: Any, x: Tensor) -> Tensor:
+    """MACE's ``RadialMLP``, layer norm spelled out: the third derivative of torch's fused one is wrong (torch 2.13)."""
+    for layer in network.net:
+        if isinstance(layer, torch.nn.LayerNorm):
+            centred = x - x.mean(-1, keepdim=True)
+            x = centred / ((centred**2).mean(-1, keepdim=True) + layer.eps).sqrt()
+            x = x if layer.weight is None else x * layer.weight
+            x = x if layer.bias is None else x + layer.bias
+        else:
+            x = layer(x)
+    return x
 
 
 def _linear_row(module: Any, row: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The radial networks of a frozen model as splines of the distance, with an error bound proven for each table.
 
 The weights of a convolution are functions of the edge length, and in newer models of the two species, alone. They are
-evaluated in float64 at uniform knots, with exact derivatives, and the quintics made of them are compared with the network
-between the knots; where they are not good enough, intervals are halved.
+evaluated in float64 at uniform knots, with exact derivatives, and the quintics made of them are compared with the
+network between the knots; where they are not good enough, intervals are halved.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def tabulate(name: str, functions: list[RadialFunction], cutoff: float, dtype: t
         if intervals >= _LAST_INTERVALS[dtype]:
             raise UnsupportedModuleError(
                 f"the radial network of {name} cannot be tabulated: with {intervals} intervals its spline is off by "
-                f"{error:.1e} of the largest weight, more than {_TOLERANCE[dtype]:.0e}; use convert(model) without "
-                "mode='inference'"
+                f"{error:.1e} of the largest weight, more than {_TOLERANCE[dtype]:.0e}; use "
+                "mace_fast.convert, which keeps "
+                "the networks"
             )
         intervals *= 2
 
@@ -88,7 +89,9 @@ def _rows(function: RadialFunction, cutoff: float, intervals: int) -> Tensor:
     knots = [value * spacing**n for n, value in enumerate(values)]
     knots = [torch.cat([k[:-1], torch.where(torch.isfinite(k[-1:]), k[-1:], 0.0)]) for k in knots]
     if not all(bool(torch.isfinite(k).all()) for k in knots):
-        raise UnsupportedModuleError("a radial function is not finite between zero and the cutoff; it cannot be tabulated")
+        raise UnsupportedModuleError(
+            "a radial function is not finite between zero and the cutoff; it cannot be tabulated"
+        )
     c0, c1, c2, c3 = (knots[n][:-1] / factor for n, factor in enumerate((1, 1, 2, 6)))
     slope = knots[1][1:] - c1 - 2 * c2 - 3 * c3
     bend = knots[2][1:] - 2 * c2 - 6 * c3

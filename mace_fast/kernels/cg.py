@@ -7,7 +7,7 @@ real, and the sum of squares of one (l1, l2, l3) block is 1.
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 from math import factorial, sqrt
 
 import numpy as np
@@ -57,7 +57,7 @@ def _real_to_complex(degree: int) -> NDArray[np.complex128]:
 
 
 def _sorted_block(l1: int, l2: int, l3: int) -> NDArray[np.float64]:
-    """The coupling for l1 <= l2 <= l3, with e3nn's sign: the central entry is positive, or else the first non-zero one."""
+    """The coupling for l1 <= l2 <= l3; e3nn's sign: the central entry is positive, or else the first non-zero one."""
     complex_basis = np.zeros((2 * l1 + 1, 2 * l2 + 1, 2 * l3 + 1))
     for m1 in range(-l1, l1 + 1):
         for m2 in range(max(-l2, -l3 - m1), min(l2, l3 - m1) + 1):
@@ -78,7 +78,7 @@ def _sorted_block(l1: int, l2: int, l3: int) -> NDArray[np.float64]:
     return c if leading > 0 else -c
 
 
-@lru_cache(maxsize=None)
+@cache
 def clebsch_gordan(l1: int, l2: int, l3: int) -> NDArray[np.float64]:
     """Real coupling coefficients C[i, j, k] of shape (2 l1 + 1, 2 l2 + 1, 2 l3 + 1), read-only, sum of squares 1.
 

@@ -142,9 +142,7 @@ class CudaModule:
             )
         driver = _driver()
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(
-            driver.cuFuncSetAttribute(kernel.function, attribute, size), f"kernel {entry!r}, shared memory"
-        )
+        _checked(driver.cuFuncSetAttribute(kernel.function, attribute, size), f"kernel {entry!r}, shared memory")
         kernel.shared_limit = size
 
     def launch(

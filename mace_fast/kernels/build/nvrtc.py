@@ -76,9 +76,7 @@ def load_nvrtc() -> Nvrtc:
     try:
         library = load_nvidia_dynamic_lib("nvrtc").abs_path
     except RuntimeError as error:  # what pathfinder raises when it does not find a library
-        raise MissingToolError(
-            f"compiling CUDA kernels needs NVIDIA's library NVRTC ({error}); {INSTALL}"
-        ) from error
+        raise MissingToolError(f"compiling CUDA kernels needs NVIDIA's library NVRTC ({error}); {INSTALL}") from error
     major, minor = _checked(api, api.nvrtcVersion())
     (architectures,) = _checked(api, api.nvrtcGetSupportedArchs())
     # NVRTC tells major and minor only; the size of the library tells patch releases apart.

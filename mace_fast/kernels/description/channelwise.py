@@ -79,14 +79,17 @@ class ChannelwiseTensorProduct:
             for mul, degree in blocks:
                 if mul < 1 or not 0 <= degree <= MAX_DEGREE:
                     raise UnsupportedDescriptionError(
-                        f"block {mul} x l={degree} of operand {name}: multiplicity must be positive and 0 <= l <= {MAX_DEGREE}"
+                        f"block {mul} x l={degree} of operand {name}: multiplicity must be positive and "
+                        f"0 <= l <= {MAX_DEGREE}"
                     )
         if not self.paths:
             raise UnsupportedDescriptionError("a channelwise tensor product needs at least one path")
         for number, path in enumerate(self.paths):
             for name, index, blocks in (("x", path.x, self.x), ("y", path.y, self.y), ("z", path.z, self.z)):
                 if not 0 <= index < len(blocks):
-                    raise UnsupportedDescriptionError(f"path {number} names block {index} of {name}, which has {len(blocks)}")
+                    raise UnsupportedDescriptionError(
+                        f"path {number} names block {index} of {name}, which has {len(blocks)}"
+                    )
             (mul_x, l1), (_, l2), (mul_z, l3) = self.x[path.x], self.y[path.y], self.z[path.z]
             if mul_x != mul_z:
                 raise UnsupportedDescriptionError(

@@ -79,14 +79,10 @@ class Linear:
     def __post_init__(self) -> None:
         for name in ("x_layout", "z_layout"):
             if getattr(self, name) not in LAYOUTS:
-                raise UnsupportedDescriptionError(
-                    f"{name} is {getattr(self, name)!r}; it must be one of {LAYOUTS}"
-                )
+                raise UnsupportedDescriptionError(f"{name} is {getattr(self, name)!r}; it must be one of {LAYOUTS}")
         for path in self.paths:
             if not (0 <= path.x < len(self.x) and 0 <= path.z < len(self.z)):
-                raise UnsupportedDescriptionError(
-                    f"{path} names a block that does not exist in x={self.x}, z={self.z}"
-                )
+                raise UnsupportedDescriptionError(f"{path} names a block that does not exist in x={self.x}, z={self.z}")
             (mul_x, l_x), (mul_z, l_z) = self.x[path.x], self.z[path.z]
             if l_x != l_z:
                 raise UnsupportedDescriptionError(f"{path} connects l={l_x} to l={l_z}; a linear map keeps l")
@@ -166,9 +162,7 @@ class Linear:
         return Linear(
             x=self.z,
             z=self.x,
-            paths=tuple(
-                LinearPath(p.z, p.x, p.coefficient, p.offset, p.z_stride, p.x_stride) for p in self.paths
-            ),
+            paths=tuple(LinearPath(p.z, p.x, p.coefficient, p.offset, p.z_stride, p.x_stride) for p in self.paths),
             weight_numel=self.weight_numel,
             x_layout=self.z_layout,
             z_layout=self.x_layout,
@@ -220,9 +214,7 @@ class Linear:
             for piece, first in pieces[p.z]
         )
         biases = tuple(
-            LinearBias(piece, b.coefficient, b.offset + first)
-            for b in self.biases
-            for piece, first in pieces[b.z]
+            LinearBias(piece, b.coefficient, b.offset + first) for b in self.biases for piece, first in pieces[b.z]
         )
         return replace(self, z=blocks, paths=paths, biases=biases)
 
@@ -300,8 +292,7 @@ def describe_indexed_linear(
     description = Linear.from_paths(x, z, paths, x_layout=x_layout, z_layout=z_layout)
     if module.weight_numel != description.weight_numel * species:
         raise UnsupportedDescriptionError(
-            f"{name}: {module.weight_numel} weights, but its instructions imply "
-            f"{description.weight_numel * species}"
+            f"{name}: {module.weight_numel} weights, but its instructions imply {description.weight_numel * species}"
         )
     return description, species
 

@@ -77,9 +77,7 @@ class WeightedPolynomial:
                 raise ValueError(f"terms must be sorted and distinct; {place} follows {previous}")
             previous = place
             if not 0 <= term.output < self.num_outputs or not 0 <= term.weight < self.num_weights:
-                raise ValueError(
-                    f"{term} is out of range: {self.num_outputs} outputs, {self.num_weights} weights"
-                )
+                raise ValueError(f"{term} is out of range: {self.num_outputs} outputs, {self.num_weights} weights")
             if not term.monomial or tuple(sorted(term.monomial)) != term.monomial:
                 raise ValueError(f"{term}: a monomial lists at least one component, ascending")
             if term.monomial[0] < 0 or term.monomial[-1] >= self.num_inputs:
@@ -107,9 +105,7 @@ class WeightedPolynomial:
         Ops receive this string. It is complete, not a digest of something registered elsewhere, so that an
         exported program or a pickled module works in a process that never saw this object.
         """
-        columns = list(
-            zip(*((t.output, t.weight, t.monomial, t.coefficient.hex()) for t in self.terms), strict=True)
-        )
+        columns = list(zip(*((t.output, t.weight, t.monomial, t.coefficient.hex()) for t in self.terms), strict=True))
         data = [self.input_blocks, self.output_blocks, self.num_weights, columns]
         return _pack(json.dumps(data, separators=(",", ":")).encode())
 
@@ -171,18 +167,14 @@ class SymmetricContraction:
     def key(self) -> str:
         """Everything there is to the contraction as one string, like ``WeightedPolynomial.key``."""
         fold = base64.b64encode(self.fold_bytes).decode()
-        return _pack(
-            json.dumps([self.polynomial.key, self.path_counts, fold], separators=(",", ":")).encode()
-        )
+        return _pack(json.dumps([self.polynomial.key, self.path_counts, fold], separators=(",", ":")).encode())
 
     @staticmethod
     def from_key(key: str) -> SymmetricContraction:
         """Inverse of ``key``. Raises ValueError for a string that is not a key."""
         polynomial, counts, fold = json.loads(_unpack(key))
         path_counts = tuple(tuple(c) for c in counts)
-        return SymmetricContraction(
-            WeightedPolynomial.from_key(polynomial), base64.b64decode(fold), path_counts
-        )
+        return SymmetricContraction(WeightedPolynomial.from_key(polynomial), base64.b64decode(fold), path_counts)
 
     @staticmethod
     def from_u_matrices(
@@ -254,12 +246,8 @@ class SymmetricContraction:
                 num_weights += basis.shape[0]
             path_counts.append(tuple(counts))
             first_output += dim
-        polynomial = WeightedPolynomial(
-            tuple(input_blocks), tuple(output_blocks), num_weights, tuple(sorted(terms))
-        )
-        return SymmetricContraction(
-            polynomial, _block_diagonal(folds).astype("<f8").tobytes(), tuple(path_counts)
-        )
+        polynomial = WeightedPolynomial(tuple(input_blocks), tuple(output_blocks), num_weights, tuple(sorted(terms)))
+        return SymmetricContraction(polynomial, _block_diagonal(folds).astype("<f8").tobytes(), tuple(path_counts))
 
     def __str__(self) -> str:
         return f"symmetric contraction of {self.num_paths} paths: {self.polynomial}"

@@ -16,9 +16,7 @@ from mace_fast.kernels.description.linear import Block, Layout, Linear, LinearPa
 from mace_fast.kernels.source.linear import covers_weight
 
 
-def apply_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, d: Linear, z: torch.Tensor
-) -> None:
+def apply_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, d: Linear, z: torch.Tensor) -> None:
     """z [N, z_dim] = the map of x [N, x_dim]; z is overwritten and must have unit stride along its rows."""
     if x.shape[0] == 0:
         return

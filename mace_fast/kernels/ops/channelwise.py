@@ -29,7 +29,8 @@ from mace_fast.kernels.source.channelwise import Variant, cpu_source, cuda_sourc
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
 _GRAPH = (
-    "Tensor? sender, Tensor? receiver, Tensor? order, Tensor? row, Tensor? sender_order, Tensor? sender_row, Tensor? poison"
+    "Tensor? sender, Tensor? receiver, Tensor? order, Tensor? row, Tensor? sender_order, Tensor? sender_row, "
+    "Tensor? poison"
 )
 _TANGENTS = "Tensor? x_tangent, Tensor? y_tangent, Tensor? w_tangent"
 _LIBRARY.define(f"conv(Tensor x, Tensor y, Tensor w, {_GRAPH}, str description) -> Tensor")
@@ -89,16 +90,28 @@ def channelwise_tp(description: ChannelwiseTensorProduct, x: Tensor, y: Tensor, 
 
 
 def _check(
-    description: ChannelwiseTensorProduct, x: Tensor, y: Tensor, w: Tensor, *, rows: int, edges: int, device: torch.device
+    description: ChannelwiseTensorProduct,
+    x: Tensor,
+    y: Tensor,
+    w: Tensor,
+    *,
+    rows: int,
+    edges: int,
+    device: torch.device,
 ) -> None:
-    expected = {"x": (x, (rows, description.x_dim)), "y": (y, (edges, description.y_dim))}
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "x": (x, (rows, description.x_dim)),
+        "y": (y, (edges, description.y_dim)),
+    }
     numel = description.weight_numel
     expected["w"] = (w, (numel,) if w.dim() == 1 else (edges, numel))
     for name, (operand, shape) in expected.items():
         if operand.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name} has dtype {operand.dtype}; kernels exist for float32 and float64")
         if operand.dtype != x.dtype:
-            raise TypeError(f"{name} has dtype {operand.dtype} and x {x.dtype}; convert one of them, operands share a dtype")
+            raise TypeError(
+                f"{name} has dtype {operand.dtype} and x {x.dtype}; convert one of them, operands share a dtype"
+            )
         if operand.device != device:
             raise ValueError(f"{name} is on {operand.device} and the graph or x on {device}; move them to one device")
         if tuple(operand.shape) != shape:
@@ -244,9 +257,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _forward(
-    x: Tensor, y: Tensor, w: Tensor, tangents: Tangents, graph: Graph, key: str, *, dual: bool
-) -> Tensor:
+def _forward(x: Tensor, y: Tensor, w: Tensor, tangents: Tangents, graph: Graph, key: str, *, dual: bool) -> Tensor:
     description = ChannelwiseTensorProduct.parse(key)
     receivers, _ = _sizes(y, graph)
     x, y, w = x.contiguous(), y.contiguous(), w.contiguous()
@@ -258,7 +269,15 @@ def _forward(
 
 
 def _backward(
-    x: Tensor, y: Tensor, w: Tensor, g: Tensor, tangents: Tangents, graph: Graph, key: str, wants: tuple[bool, bool, bool], *,
+    x: Tensor,
+    y: Tensor,
+    w: Tensor,
+    g: Tensor,
+    tangents: Tangents,
+    graph: Graph,
+    key: str,
+    wants: tuple[bool, bool, bool],
+    *,
     dual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     description = ChannelwiseTensorProduct.parse(key)
@@ -302,7 +321,9 @@ def _conv(x: Tensor, y: Tensor, w: Tensor, *rest: Any) -> Tensor:
     return _forward(x, y, w, (None, None, None), tuple(graph), key, dual=False)
 
 
-def _conv_jvp(x: Tensor, y: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, c: Tensor | None, *rest: Any) -> Tensor:
+def _conv_jvp(
+    x: Tensor, y: Tensor, w: Tensor, a: Tensor | None, b: Tensor | None, c: Tensor | None, *rest: Any
+) -> Tensor:
     *graph, key = rest
     return _forward(x, y, w, (a, b, c), tuple(graph), key, dual=True)
 
@@ -313,7 +334,14 @@ def _conv_backward(x: Tensor, y: Tensor, w: Tensor, g: Tensor, *rest: Any) -> tu
 
 
 def _conv_backward_jvp(
-    x: Tensor, y: Tensor, w: Tensor, g: Tensor, a: Tensor | None, b: Tensor | None, c: Tensor | None, *rest: Any
+    x: Tensor,
+    y: Tensor,
+    w: Tensor,
+    g: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *graph, key, want_x, want_y, want_w = rest
     return _backward(x, y, w, g, (a, b, c), tuple(graph), key, (want_x, want_y, want_w), dual=True)
@@ -327,7 +355,10 @@ def _fake_z(x: Tensor, y: Tensor, row: Tensor | None, key: str) -> Tensor:
 def _fake_gradients(x: Tensor, y: Tensor, w: Tensor, wants: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     empty = [x.new_empty(0) for _ in range(3)]
     shapes = (x, y, w)
-    dx, dy, dw = (torch.empty_like(t, memory_format=torch.contiguous_format) if want else e for t, want, e in zip(shapes, wants, empty, strict=True))
+    dx, dy, dw = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) if want else e
+        for t, want, e in zip(shapes, wants, empty, strict=True)
+    )
     return dx, dy, dw
 
 
@@ -368,7 +399,9 @@ def _wanted(result: tuple[Tensor, Tensor, Tensor], wants: Sequence[bool]) -> lis
     return [value if want else None for value, want in zip(result, wants, strict=True)]
 
 
-def _gradient(x: Tensor, y: Tensor, w: Tensor, g: Tensor, tail: tuple[Any, ...], wants: Sequence[bool]) -> list[Tensor | None]:
+def _gradient(
+    x: Tensor, y: Tensor, w: Tensor, g: Tensor, tail: tuple[Any, ...], wants: Sequence[bool]
+) -> list[Tensor | None]:
     """conv_backward, with None for what is not wanted."""
     if not any(wants):
         return [None, None, None]
@@ -376,7 +409,13 @@ def _gradient(x: Tensor, y: Tensor, w: Tensor, g: Tensor, tail: tuple[Any, ...],
 
 
 def _gradient_jvp(
-    x: Tensor, y: Tensor, w: Tensor, g: Tensor, tangents: Tangents, tail: tuple[Any, ...], wants: Sequence[bool]
+    x: Tensor,
+    y: Tensor,
+    w: Tensor,
+    g: Tensor,
+    tangents: Tangents,
+    tail: tuple[Any, ...],
+    wants: Sequence[bool],
 ) -> list[Tensor | None]:
     """conv_backward_jvp, with None for what is not wanted."""
     if not any(wants) or all(t is None for t in tangents):
@@ -454,8 +493,9 @@ def _setup_conv_backward_jvp(ctx: Any, inputs: tuple[Any, ...], output: Any) -> 
 
 
 def _grad_conv_backward_jvp(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-    # With cotangents (p, q, r) of the three results the loss is <g, second derivative of F along (a, b, c) and (p, q, r)>,
-    # the sum of the derivatives of F at (p, y, w) along (0, b, c), at (x, q, w) along (a, 0, c), at (x, y, r) along (a, b, 0).
+    # With cotangents (p, q, r) of the three results the loss is <g, second derivative of F along (a, b, c) and
+    # (p, q, r)>: the derivatives of F at (p, y, w) along (0, b, c), at (x, q, w) along (a, 0, c), and at (x, y, r)
+    # along (a, b, 0), summed.
     (x, y, w, g, *tangents), tail = _saved(ctx)
     needs = ctx.needs_input_grad
     results: list[Tensor | None] = [None] * 7
@@ -471,7 +511,9 @@ def _grad_conv_backward_jvp(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, 
         if needs[3]:
             results[3] = _add(results[3], torch.ops.mace_fast.conv_jvp(*at, *along, *tail))
         wants = [needs[other] and other != slot for other in range(3)]
-        for other, value in enumerate(_gradient_jvp(at[0], at[1], at[2], g, (along[0], along[1], along[2]), tail, wants)):
+        for other, value in enumerate(
+            _gradient_jvp(at[0], at[1], at[2], g, (along[0], along[1], along[2]), tail, wants)
+        ):
             results[other] = _add(results[other], value)
         wants = [needs[4 + other] and along[other] is not None for other in range(3)]
         for other, value in enumerate(_gradient(at[0], at[1], at[2], g, tail, wants)):
@@ -482,7 +524,9 @@ def _grad_conv_backward_jvp(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, 
 torch.library.register_autograd("mace_fast::conv", _grad_conv, setup_context=_setup_conv)
 torch.library.register_autograd("mace_fast::conv_jvp", _grad_conv_jvp, setup_context=_setup_conv_jvp)
 torch.library.register_autograd("mace_fast::conv_backward", _grad_conv_backward, setup_context=_setup_conv_backward)
-torch.library.register_autograd("mace_fast::conv_backward_jvp", _grad_conv_backward_jvp, setup_context=_setup_conv_backward_jvp)
+torch.library.register_autograd(
+    "mace_fast::conv_backward_jvp", _grad_conv_backward_jvp, setup_context=_setup_conv_backward_jvp
+)
 
 
 def describe_plan(description: ChannelwiseTensorProduct, dtype: torch.dtype, *, dual: bool = False) -> ChannelwisePlan:

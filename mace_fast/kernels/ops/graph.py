@@ -87,7 +87,12 @@ def edge_graph(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers
         raise ValueError("a graph holds at most 2^31 - 1 edges and nodes; split it into several")
     bad = torch.zeros((), dtype=torch.bool, device=sender.device)
     if sender.shape[0]:
-        bad = (sender.amin() < 0) | (sender.amax() >= num_senders) | (receiver.amin() < 0) | (receiver.amax() >= num_receivers)
+        bad = (
+            (sender.amin() < 0)
+            | (sender.amax() >= num_senders)
+            | (receiver.amin() < 0)
+            | (receiver.amax() >= num_receivers)
+        )
         if sender.device.type == "cpu" and bool(bad):
             raise ValueError(_out_of_range(num_senders, num_receivers))
     poison = torch.where(bad, torch.nan, 0.0).to(torch.float32).reshape(1)
@@ -95,9 +100,7 @@ def edge_graph(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers
         sender = sender.clamp(0, num_senders - 1)
     order, row = _sort(receiver, num_receivers)
     sender_order, sender_row = _sort(sender, num_senders)
-    return EdgeGraph(
-        sender.to(torch.int32), receiver.to(torch.int32), order, row, sender_order, sender_row, poison
-    )
+    return EdgeGraph(sender.to(torch.int32), receiver.to(torch.int32), order, row, sender_order, sender_row, poison)
 
 
 def _sort(index: Tensor, count: int) -> tuple[Tensor, Tensor]:

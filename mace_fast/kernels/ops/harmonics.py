@@ -83,7 +83,13 @@ def _backward(vectors: Tensor, dradius: Tensor, dy: Tensor, lmax: int) -> Tensor
             module.launch(BACKWARD, (-(-edges // _BLOCK), 1, 1), (_BLOCK, 1, 1), 0, arguments)
     else:
         _function(lmax, ctype, BACKWARD)(
-            vectors.data_ptr(), dy.data_ptr(), dy.stride(0), dradius.data_ptr(), dradius.stride(0), out.data_ptr(), edges,
+            vectors.data_ptr(),
+            dy.data_ptr(),
+            dy.stride(0),
+            dradius.data_ptr(),
+            dradius.stride(0),
+            out.data_ptr(),
+            edges,
             cpu_threads(),
         )
     return out

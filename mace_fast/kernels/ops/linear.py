@@ -7,6 +7,7 @@ differentiation to any order.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from mace_fast.kernels.description.linear import Linear, parse_linear
 from mace_fast.kernels.ops import linear_cuda
 from mace_fast.kernels.ops.blas import apply_linear, apply_weight_grad
-from mace_fast.kernels.ops.checks import require_ids, require_like, require_shape, require_values
+from mace_fast.kernels.ops.checks import require_like, require_lists, require_shape, require_values
 from mace_fast.kernels.ops.segment import Segments, segments
 from mace_fast.kernels.source.linear import aligned_multiplicities, weight_along_x
 
@@ -25,9 +26,7 @@ _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, str key) -> Tensor")
 _LIBRARY.define("linear_weight_grad(Tensor x, Tensor grad, str key) -> Tensor")
 _LIBRARY.define("indexed_linear(Tensor x, Tensor weight, Tensor order, Tensor row_ptr, str key) -> Tensor")
-_LIBRARY.define(
-    "indexed_linear_weight_grad(Tensor x, Tensor grad, Tensor order, Tensor row_ptr, str key) -> Tensor"
-)
+_LIBRARY.define("indexed_linear_weight_grad(Tensor x, Tensor grad, Tensor order, Tensor row_ptr, str key) -> Tensor")
 
 
 def linear(
@@ -49,7 +48,9 @@ def linear(
     Raises:
         TypeError, ValueError: a dtype, shape or device that does not fit, naming the argument.
     """
-    flat = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    if x.dim() == 0:
+        raise ValueError("linear: x has no axes; its last one must be the irreps")
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() != 2 else x
     z: torch.Tensor = torch.ops.mace_fast.linear(flat, weight, bias, description.key)
     return z.reshape(*x.shape[:-1], description.z_dim) if x.dim() != 2 else z
 
@@ -67,7 +68,7 @@ def indexed_linear(
     Args:
         x: float32 or float64 [N, x_dim].
         weight: [Z, weight_numel], the flat linear weight of each species; `arrange_indexed_weight` makes it
-        from e3nn's.
+            from e3nn's.
         index: int32 or int64 [N], the species of each node.
         description: the linear map of one species; `describe_indexed_linear` reads it from a module.
         groups: `segments(index, Z)` if the caller has it already (it is the same for every layer of a model).
@@ -81,15 +82,11 @@ def indexed_linear(
             [0, Z). On CUDA, where the host does not look, such a node's output is NaN.
     """
     if weight.dim() != 2:
-        raise ValueError(
-            f"indexed_linear: weight has shape {tuple(weight.shape)}; it must be [species, weight_numel]"
-        )
+        raise ValueError(f"indexed_linear: weight has shape {tuple(weight.shape)}; it must be [species, weight_numel]")
     if groups is None:
         groups = segments(index, weight.shape[0])
     if groups.num_segments != weight.shape[0]:
-        raise ValueError(
-            f"indexed_linear: groups has {groups.num_segments} species, but weight has {weight.shape[0]}"
-        )
+        raise ValueError(f"indexed_linear: groups has {groups.num_segments} species, but weight has {weight.shape[0]}")
     order = groups.order
     if order is None:
         order = torch.arange(index.shape[0], dtype=groups.row_ptr.dtype, device=index.device)
@@ -98,8 +95,7 @@ def indexed_linear(
 
 
 def arrange_indexed_weight(weight: torch.Tensor, description: Linear, num_species: int) -> torch.Tensor:
-    """e3nn's flat tensor product weight ([u, species, w] per instruction) as [Z, weight_numel];
-    differentiable.
+    """e3nn's flat tensor product weight ([u, species, w] per path) as [Z, weight_numel]; differentiable.
 
     Raises:
         ValueError: the weight does not have Z * weight_numel elements.
@@ -139,16 +135,6 @@ def _check_pair(op: str, x: torch.Tensor, grad: torch.Tensor, d: Linear) -> None
     require_shape(op, "grad", grad, (x.shape[0], d.z_dim))
 
 
-def _check_groups(op: str, x: torch.Tensor, order: torch.Tensor, row_ptr: torch.Tensor) -> None:
-    require_ids(op, "order", order, x.device)
-    require_ids(op, "row_ptr", row_ptr, x.device)
-    require_shape(op, "order", order, (x.shape[0],))
-    if order.dtype != row_ptr.dtype:
-        raise TypeError(
-            f"{op}: order is {order.dtype}, but row_ptr is {row_ptr.dtype}; they must be the same"
-        )
-
-
 def _check_indexed(
     x: torch.Tensor, weight: torch.Tensor, order: torch.Tensor, row_ptr: torch.Tensor, d: Linear
 ) -> None:
@@ -156,7 +142,7 @@ def _check_indexed(
     require_shape("indexed_linear", "x", x, (x.shape[0], d.x_dim))
     require_like("indexed_linear", "weight", weight, x, "x")
     require_shape("indexed_linear", "weight", weight, (row_ptr.shape[0] - 1, d.weight_numel))
-    _check_groups("indexed_linear", x, order, row_ptr)
+    require_lists("indexed_linear", x, order, row_ptr)
 
 
 # --- linear
@@ -317,7 +303,7 @@ def _indexed_weight_grad_cpu(
 ) -> torch.Tensor:
     d = parse_linear(key)
     _check_pair("indexed_linear_weight_grad", x, grad, d)
-    _check_groups("indexed_linear_weight_grad", x, order, row_ptr)
+    require_lists("indexed_linear_weight_grad", x, order, row_ptr)
     out = x.new_zeros(row_ptr.shape[0] - 1, d.weight_numel)
     present = _present("indexed_linear_weight_grad", row_ptr, x.shape[0])
     if len(present) > 1:
@@ -332,7 +318,7 @@ def _indexed_weight_grad_cuda(
 ) -> torch.Tensor:
     d = parse_linear(key)
     _check_pair("indexed_linear_weight_grad", x, grad, d)
-    _check_groups("indexed_linear_weight_grad", x, order, row_ptr)
+    require_lists("indexed_linear_weight_grad", x, order, row_ptr)
     if weight_along_x(d):  # the same outer products, with the operands' roles exchanged
         return linear_cuda.weight_grad(grad, x, order, row_ptr, d.transposed)
     return linear_cuda.weight_grad(x, grad, order, row_ptr, d)
@@ -343,7 +329,7 @@ def _indexed_weight_grad_fake(
 ) -> torch.Tensor:
     d = parse_linear(key)
     _check_pair("indexed_linear_weight_grad", x, grad, d)
-    _check_groups("indexed_linear_weight_grad", x, order, row_ptr)
+    require_lists("indexed_linear_weight_grad", x, order, row_ptr)
     return x.new_empty(row_ptr.shape[0] - 1, d.weight_numel)
 
 
@@ -385,9 +371,7 @@ torch.library.register_fake("mace_fast::linear", _linear_fake, lib=_LIBRARY)
 torch.library.register_fake("mace_fast::linear_weight_grad", _linear_weight_grad_fake, lib=_LIBRARY)
 torch.library.register_fake("mace_fast::indexed_linear", _indexed_fake, lib=_LIBRARY)
 torch.library.register_fake("mace_fast::indexed_linear_weight_grad", _indexed_weight_grad_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "mace_fast::linear", _linear_backward, setup_context=_linear_setup, lib=_LIBRARY
-)
+torch.library.register_autograd("mace_fast::linear", _linear_backward, setup_context=_linear_setup, lib=_LIBRARY)
 torch.library.register_autograd(
     "mace_fast::linear_weight_grad",
     _linear_weight_grad_backward,

@@ -104,9 +104,7 @@ def _forward_module(
 
 
 @cache
-def _grad_module(
-    key: str, values: torch.dtype, ids: torch.dtype, tiling: Tiling, device: torch.device
-) -> CudaModule:
+def _grad_module(key: str, values: torch.dtype, ids: torch.dtype, tiling: Tiling, device: torch.device) -> CudaModule:
     return load_cuda(grad_cuda(parse_linear(key), _name(values), _name(ids), tiling), device)
 
 
@@ -126,11 +124,7 @@ def _tables(key: str, device: torch.device) -> _Tables:
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous, beginning where 16-byte accesses may begin."""
     tensor = tensor.contiguous()
-    return (
-        tensor
-        if tensor.data_ptr() % (PACK[_name(tensor.dtype)] * tensor.element_size()) == 0
-        else tensor.clone()
-    )
+    return tensor if tensor.data_ptr() % (PACK[_name(tensor.dtype)] * tensor.element_size()) == 0 else tensor.clone()
 
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:

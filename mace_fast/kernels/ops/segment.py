@@ -91,9 +91,7 @@ def segment_sum(values: torch.Tensor, segments: Segments) -> torch.Tensor:
             where the host does not look, lists that do not cover all rows (an id out of range) make the whole
             output NaN.
     """
-    out: torch.Tensor = torch.ops.mace_fast.segment_sum(
-        values, segments.ids, segments.order, segments.row_ptr
-    )
+    out: torch.Tensor = torch.ops.mace_fast.segment_sum(values, segments.ids, segments.order, segments.row_ptr)
     return out
 
 
@@ -106,9 +104,7 @@ def segment_gather(values: torch.Tensor, segments: Segments) -> torch.Tensor:
         ValueError: shapes or devices do not fit, or, on the CPU, an id is out of range. On CUDA such a row is
         NaN.
     """
-    out: torch.Tensor = torch.ops.mace_fast.segment_gather(
-        values, segments.ids, segments.order, segments.row_ptr
-    )
+    out: torch.Tensor = torch.ops.mace_fast.segment_gather(values, segments.ids, segments.order, segments.row_ptr)
     return out
 
 
@@ -124,21 +120,15 @@ def _check(
         require_ids(op, "order", order, values.device)
         require_shape(op, "order", order, (index.shape[0],))
         if order.dtype != row_ptr.dtype:
-            raise TypeError(
-                f"{op}: order is {order.dtype}, but row_ptr is {row_ptr.dtype}; they must be the same"
-            )
+            raise TypeError(f"{op}: order is {order.dtype}, but row_ptr is {row_ptr.dtype}; they must be the same")
 
 
-def _check_sum(
-    values: torch.Tensor, index: torch.Tensor, order: torch.Tensor | None, row_ptr: torch.Tensor
-) -> None:
+def _check_sum(values: torch.Tensor, index: torch.Tensor, order: torch.Tensor | None, row_ptr: torch.Tensor) -> None:
     _check("segment_sum", values, index, order, row_ptr)
     require_shape("segment_sum", "values", values, (index.shape[0], values.shape[1]))
 
 
-def _check_gather(
-    values: torch.Tensor, index: torch.Tensor, order: torch.Tensor | None, row_ptr: torch.Tensor
-) -> None:
+def _check_gather(values: torch.Tensor, index: torch.Tensor, order: torch.Tensor | None, row_ptr: torch.Tensor) -> None:
     _check("segment_gather", values, index, order, row_ptr)
     require_shape("segment_gather", "values", values, (row_ptr.shape[0] - 1, values.shape[1]))
 
@@ -153,9 +143,7 @@ def _require_in_range(op: str, index: torch.Tensor, num_segments: int) -> None:
     if index.numel():
         low, high = (int(v) for v in torch.aminmax(index))
         if low < 0 or high >= num_segments:
-            raise ValueError(
-                f"{op}: index has values from {low} to {high}; they must lie in [0, {num_segments})"
-            )
+            raise ValueError(f"{op}: index has values from {low} to {high}; they must lie in [0, {num_segments})")
 
 
 def _csr_cpu(index: torch.Tensor, num_segments: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,9 +176,7 @@ def _csr_cuda(index: torch.Tensor, num_segments: int) -> tuple[torch.Tensor, tor
 
 def _csr_fake(index: torch.Tensor, num_segments: int) -> tuple[torch.Tensor, torch.Tensor]:
     _csr_check(index, num_segments)
-    return index.new_empty(index.shape, dtype=torch.int64), index.new_empty(
-        num_segments + 1, dtype=torch.int64
-    )
+    return index.new_empty(index.shape, dtype=torch.int64), index.new_empty(num_segments + 1, dtype=torch.int64)
 
 
 def _segment_sum_cpu(
@@ -216,9 +202,7 @@ def _segment_sum_cpu(
         cpu_threads(),
     )
     if wrong:
-        raise ValueError(
-            f"segment_sum: {_LIST_FAULTS[wrong]} (values has {rows} rows); make the lists with csr()"
-        )
+        raise ValueError(f"segment_sum: {_LIST_FAULTS[wrong]} (values has {rows} rows); make the lists with csr()")
     return out
 
 

@@ -1,7 +1,7 @@
 """The channelwise convolution whose weights are splines of the edge length: nothing of size edges x weights is written.
 
-For inference: the gradient goes to node features, edge attributes and edge lengths, once. Weights, that is the coefficients,
-are constants.
+For inference: the gradient goes to node features, edge attributes and edge lengths, once. The coefficients are
+constants.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class FrozenGraph(NamedTuple):
         sender: [E] int32, row of x that an edge gathers.
         order: [E] int32, edges by receiver; None where they lie in that order.
         row: [num_receivers + 1] int32.
-        sender_order, sender_row: edges by sender, for the gradient of x; None where x has none. Where the list is padded,
-            one segment beyond the rows of x takes the padding.
+        sender_order, sender_row: edges by sender, for the gradient of x; None where x has none. Where the list is
+            padded, one segment beyond the rows of x takes the padding.
     """
 
     sender: Tensor
@@ -49,9 +49,9 @@ class RadialSpline(NamedTuple):
 
     Attributes:
         table: [E] int32, which table an edge uses, or None when there is one.
-        rows: [tables * (intervals + 1), weight_numel, order] on CUDA, [.., order, weight_numel] on the CPU: coefficients
-            of each interval in powers of the place inside it (0 to 1), order 4 (cubic) or 6 (quintic). The last row of a
-            table is zero and serves all lengths from intervals / per_length on.
+        rows: [tables * (intervals + 1), weight_numel, order] on CUDA, [.., order, weight_numel] on the CPU:
+            coefficients of each interval in powers of the place inside it (0 to 1), order 4 (cubic) or 6 (quintic).
+            The last row of a table is zero and serves all lengths from intervals / per_length on.
         intervals: intervals of a table.
         per_length: intervals per unit of length.
     """
@@ -68,7 +68,12 @@ class RadialSpline(NamedTuple):
 
 
 def spline_conv(
-    description: ChannelwiseTensorProduct, x: Tensor, y: Tensor, radius: Tensor, graph: FrozenGraph, spline: RadialSpline
+    description: ChannelwiseTensorProduct,
+    x: Tensor,
+    y: Tensor,
+    radius: Tensor,
+    graph: FrozenGraph,
+    spline: RadialSpline,
 ) -> Tensor:
     """Graph convolution with weights interpolated inside the kernel; differentiable once, in x, y and radius.
 
@@ -92,7 +97,9 @@ def spline_conv(
         ("rows", spline.rows, (spline.rows.shape[0], *_knot_shape(description, spline.rows))),
     ):
         if operand.dtype != radius.dtype or operand.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name} is {operand.dtype} and radius {radius.dtype}; both must be float32 or both float64")
+            raise TypeError(
+                f"{name} is {operand.dtype} and radius {radius.dtype}; both must be float32 or both float64"
+            )
         if operand.device != radius.device:
             raise ValueError(f"{name} is on {operand.device} and radius on {radius.device}; move them to one device")
         if tuple(operand.shape) != shape:

@@ -36,22 +36,16 @@ _MOST_CHUNKS = 512
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
 _LIBRARY.define("symmetric_fold(Tensor weights, str key, bool transpose) -> Tensor")
+_LIBRARY.define("symmetric_value(Tensor x, Tensor? tangent, Tensor weights, Tensor species, str key) -> Tensor")
 _LIBRARY.define(
-    "symmetric_value(Tensor x, Tensor? tangent, Tensor weights, Tensor species, str key) -> Tensor"
+    "symmetric_gradient(Tensor x, Tensor? tangent, Tensor weights, Tensor species, Tensor grad, str key) -> Tensor"
 )
 _LIBRARY.define(
-    "symmetric_gradient(Tensor x, Tensor? tangent, Tensor weights, Tensor species, Tensor grad, str key)"
-    " -> Tensor"
-)
-_LIBRARY.define(
-    "symmetric_weights(Tensor x, Tensor? tangent, Tensor species, Tensor grad, str key, int num_species)"
-    " -> Tensor"
+    "symmetric_weights(Tensor x, Tensor? tangent, Tensor species, Tensor grad, str key, int num_species) -> Tensor"
 )
 
 
-def symmetric_contraction(
-    description: SymmetricContraction, x: Tensor, weights: Tensor, species: Tensor
-) -> Tensor:
+def symmetric_contraction(description: SymmetricContraction, x: Tensor, weights: Tensor, species: Tensor) -> Tensor:
     """MACE's symmetric contraction with one set of path weights per species.
 
     Args:
@@ -83,9 +77,7 @@ def fold_weights(description: SymmetricContraction, weights: Tensor) -> Tensor:
     return folded
 
 
-def weighted_polynomial(
-    polynomial: WeightedPolynomial, x: Tensor, weights: Tensor, species: Tensor
-) -> Tensor:
+def weighted_polynomial(polynomial: WeightedPolynomial, x: Tensor, weights: Tensor, species: Tensor) -> Tensor:
     """`symmetric_contraction` with folded weights [Z, R, C]; arguments, result and errors as there."""
     out: Tensor = torch.ops.mace_fast.symmetric_value(x, None, weights, species, polynomial.key)
     return out
@@ -170,9 +162,7 @@ def _require_known_species(op: str, species: Tensor, num_species: int) -> None:
     if species.numel():
         low, high = (int(value) for value in torch.aminmax(species))
         if low < 0 or high >= num_species:
-            raise ValueError(
-                f"{op}: species has values from {low} to {high}, but there are weights for {num_species}"
-            )
+            raise ValueError(f"{op}: species has values from {low} to {high}, but there are weights for {num_species}")
 
 
 # --- value and gradient
@@ -183,9 +173,7 @@ def _value(x: Tensor, tangent: Tensor | None, weights: Tensor, species: Tensor, 
     return _run_node_kernel("evaluate", key, x, tangent, weights, species, None, out)
 
 
-def _gradient(
-    x: Tensor, tangent: Tensor | None, weights: Tensor, species: Tensor, grad: Tensor, key: str
-) -> Tensor:
+def _gradient(x: Tensor, tangent: Tensor | None, weights: Tensor, species: Tensor, grad: Tensor, key: str) -> Tensor:
     out = _gradient_fake(x, tangent, weights, species, grad, key)
     return _run_node_kernel("gradient", key, x, tangent, weights, species, grad, out)
 
@@ -245,9 +233,7 @@ def _gradient_fake(
 # --- gradient with respect to the weights
 
 
-def _weights(
-    x: Tensor, tangent: Tensor | None, species: Tensor, grad: Tensor, key: str, num_species: int
-) -> Tensor:
+def _weights(x: Tensor, tangent: Tensor | None, species: Tensor, grad: Tensor, key: str, num_species: int) -> Tensor:
     p = _polynomial(key)
     dw = _weights_fake(x, tangent, species, grad, key, num_species)
     nodes, _, channels = x.shape
@@ -310,9 +296,7 @@ def _cpu_function(key: str, kind: str, tangent: bool, values: str, ids: str) -> 
 
 
 @cache
-def _cuda_module(
-    key: str, kind: str, tangent: bool, values: str, ids: str, device: torch.device
-) -> CudaModule:
+def _cuda_module(key: str, kind: str, tangent: bool, values: str, ids: str, device: torch.device) -> CudaModule:
     return load_cuda(symmetric_cuda(_polynomial(key), kind, tangent, values, ids), device)
 
 
@@ -397,12 +381,8 @@ torch.library.register_fake("mace_fast::symmetric_fold", _fold_fake, lib=_LIBRAR
 torch.library.register_fake("mace_fast::symmetric_value", _value_fake, lib=_LIBRARY)
 torch.library.register_fake("mace_fast::symmetric_gradient", _gradient_fake, lib=_LIBRARY)
 torch.library.register_fake("mace_fast::symmetric_weights", _weights_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "mace_fast::symmetric_fold", _fold_backward, setup_context=_fold_setup, lib=_LIBRARY
-)
-torch.library.register_autograd(
-    "mace_fast::symmetric_value", _value_backward, setup_context=_value_setup, lib=_LIBRARY
-)
+torch.library.register_autograd("mace_fast::symmetric_fold", _fold_backward, setup_context=_fold_setup, lib=_LIBRARY)
+torch.library.register_autograd("mace_fast::symmetric_value", _value_backward, setup_context=_value_setup, lib=_LIBRARY)
 torch.library.register_autograd(
     "mace_fast::symmetric_gradient", _gradient_backward, setup_context=_gradient_setup, lib=_LIBRARY
 )

@@ -12,8 +12,8 @@ from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, 
 from mace_fast.kernels.plan.coupling import of_path
 
 ACCUMULATOR_BYTES = {False: 80 * 4, True: 40 * 4}
-"""Bytes of outputs a thread keeps in registers; a product with more is cut into segments of output blocks. Operands with
-tangents take twice the registers, so less is left for outputs."""
+"""Bytes of outputs a thread keeps in registers; a product with more is cut into segments of output blocks. Operands
+with tangents take twice the registers, so less is left for outputs."""
 
 SHARED_BYTES = 64 * 1024
 """Shared memory that one block may take, so that at least three blocks stay resident on sm_80 and later."""
@@ -89,15 +89,17 @@ class ChannelwisePlan:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.warps} warp(s) a receiver x {self.groups} receiver(s) a block, {self.channel_blocks} channel block(s), "
+            f"{self.warps} warp(s) a receiver x {self.groups} receiver(s) a block, "
+            f"{self.channel_blocks} channel block(s), "
             f"{'all lanes busy' if self.exact else 'some lanes idle'}"
         ]
         for number, segment in enumerate(self.segments):
             forms = sum(len(of_path(p.flat).entries) for p in segment.paths)
             fmas = sum(len(of_path(p.flat).uses) for p in segment.paths)
             lines.append(
-                f"segment {number}: {len(segment.paths)} paths, {segment.x_registers} x and {segment.z_registers} z values a "
-                f"thread, {forms} forms of y in shared memory, {fmas} multiply-adds an edge and channel, "
+                f"segment {number}: {len(segment.paths)} paths, {segment.x_registers} x and "
+                f"{segment.z_registers} z values a thread, {forms} forms of y in shared memory, {fmas} multiply-adds an edge "
+                f"and channel, "
                 f"tile of {segment.tile} edges"
             )
         return "\n".join(lines)
@@ -159,7 +161,9 @@ def _segment(
     planned = []
     for index, path in paths:
         if path.x_offset not in x_slots:
-            x_slots[path.x_offset] = Slot(x_used, 2 * path.l1 + 1, path.mul, path.x_offset, path.x_offset not in written)
+            x_slots[path.x_offset] = Slot(
+                x_used, 2 * path.l1 + 1, path.mul, path.x_offset, path.x_offset not in written
+            )
             x_used += 2 * path.l1 + 1
         if path.z_offset not in z_slots:
             z_slots[path.z_offset] = Slot(z_used, 2 * path.l3 + 1, path.mul, path.z_offset)
@@ -168,7 +172,9 @@ def _segment(
         padded = -(-max(len(structure.entries), 1) // quad) * quad
         warp = load.index(min(load))
         load[warp] += sum(len(entry) for entry in structure.entries) + padded // quad
-        planned.append(PlannedPath(path, index, x_slots[path.x_offset].base, z_slots[path.z_offset].base, m_used, padded, warp))
+        planned.append(
+            PlannedPath(path, index, x_slots[path.x_offset].base, z_slots[path.z_offset].base, m_used, padded, warp)
+        )
         m_used += padded
     stride = m_used if (m_used // quad) % 2 else m_used + quad  # an odd number of 16-byte words: no bank conflicts
     tile = 32

@@ -45,7 +45,8 @@ def coupling(l1: int, l2: int, l3: int, coefficient: float) -> Coupling:
     """Distinct entries of the coupling of one (l1, l2, l3) path."""
     c = clebsch_gordan(l1, l2, l3)
     entries: list[tuple[tuple[int, float], ...]] = []
-    uses, triples = [], []
+    uses: list[Use] = []
+    triples: list[tuple[int, int, int, float]] = []
     for i in range(2 * l1 + 1):
         for k in range(2 * l3 + 1):
             terms = tuple((j, float(c[i, j, k]) * coefficient) for j in range(2 * l2 + 1) if c[i, j, k] != 0.0)

@@ -28,8 +28,8 @@ _SPLINE_SETUP = "    const mf::Spline<T> spline{radius, table, rows, intervals, 
 class Variant:
     """Which kernel of a description: the number kind, forward or backward, and which gradients backward writes.
 
-    ``order`` 4 or 6 takes the weights from piecewise polynomials of the edge length with that many coefficients; 0 reads
-    them from memory.
+    ``order`` 4 or 6 takes the weights from piecewise polynomials of the edge length with that many coefficients; 0
+    reads them from memory.
     """
 
     dual: bool
@@ -126,7 +126,12 @@ def _slot_struct(slot: Slot, name: str) -> str:
 
 
 def _segment_struct(
-    number: int, segment: SegmentPlan, layout: ChannelwisePlan, description: ChannelwiseTensorProduct, tile: int, order: int
+    number: int,
+    segment: SegmentPlan,
+    layout: ChannelwisePlan,
+    description: ChannelwiseTensorProduct,
+    tile: int,
+    order: int,
 ) -> str:
     parts = [f"namespace segment{number} {{"]
     lists = {}
@@ -189,7 +194,9 @@ def cuda_source(description: ChannelwiseTensorProduct, item_bytes: int, variant:
         "const T* x, const T* y, const T* w, const T* x_tangent, const T* y_tangent, const T* w_tangent, "
         "long long x_row, long long y_row, long long w_row"
     )
-    graph = "const int* order, const int* row, const int* sender, const float* poison, long long receivers, long long run"
+    graph = (
+        "const int* order, const int* row, const int* sender, const float* poison, long long receivers, long long run"
+    )
     setup = [
         "    const mf::Graph graph{order, row, sender, poison, receivers, run};",
         "    const mf::Operands<T> in{x, y, w, x_row, y_row, w_row}, "
@@ -230,9 +237,7 @@ def cpu_source(description: ChannelwiseTensorProduct, item_bytes: int, variant: 
     ctype = _ctype(item_bytes)
     dual = "true" if variant.dual else "false"
     merged = _one_segment(layout)
-    outputs = (
-        "const T* g, long long g_row, T* dx, T* dy, T* dw" if variant.backward else "T* z, long long z_row"
-    )
+    outputs = "const T* g, long long g_row, T* dx, T* dy, T* dw" if variant.backward else "T* z, long long z_row"
     call = (
         f"mf::conv_backward<problem::segment0::Segment, {dual}, {_wants(variant)}>"
         "(graph, in, tangent, spline, g, g_row, dx, dy, dw, threads);"
@@ -278,7 +283,13 @@ def _one_segment(layout: ChannelwisePlan) -> SegmentPlan:
         for path in segment.paths:
             paths.append(
                 PlannedPath(
-                    path.flat, path.index, x[path.flat.x_offset].base, z[path.flat.z_offset].base, m_used, path.padded, 0
+                    path.flat,
+                    path.index,
+                    x[path.flat.x_offset].base,
+                    z[path.flat.z_offset].base,
+                    m_used,
+                    path.padded,
+                    0,
                 )
             )
             m_used += path.padded

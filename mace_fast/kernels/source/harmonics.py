@@ -34,9 +34,7 @@ def _steps(lmax: int) -> tuple[_Step, ...]:
         c = clebsch_gordan(degree, 1, degree + 1)
         raw = np.einsum("ijk,i,j->k", c, current, first)
         scale = np.sqrt(2 * degree + 3) / np.linalg.norm(raw) * np.sign(raw[degree + 1])
-        steps.append(
-            _Step(tuple((i, j, k, float(c[i, j, k] * scale)) for i, j, k in zip(*np.nonzero(c), strict=True)))
-        )
+        steps.append(_Step(tuple((i, j, k, float(c[i, j, k] * scale)) for i, j, k in zip(*np.nonzero(c), strict=True))))
         current = raw * scale
     return tuple(steps)
 

@@ -50,9 +50,7 @@ TILINGS = {
 _MAP = """const mf::Block* blocks, const mf::Path* paths, int block_count, int path_count, int x_dim, int
 z_dim,
     int weight_numel, int species"""
-_MAP_VALUE = (
-    "const mf::Map map = {blocks, paths, block_count, path_count, x_dim, z_dim, weight_numel, species};"
-)
+_MAP_VALUE = "const mf::Map map = {blocks, paths, block_count, path_count, x_dim, z_dim, weight_numel, species};"
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,7 @@ def linear_tables(d: Linear) -> LinearTables:
                 paths.append(struct.pack("=d8i", p.coefficient, z, *x, p.offset, p.x_stride, p.z_stride))
         bias = biases.get(z)
         out = (d.z_starts[z], *_strides((mul, degree), d.z_layout), mul, 2 * degree + 1, first, len(paths))
-        blocks.append(
-            struct.pack("=d8i", bias.coefficient if bias else 0.0, *out, bias.offset if bias else -1)
-        )
+        blocks.append(struct.pack("=d8i", bias.coefficient if bias else 0.0, *out, bias.offset if bias else -1))
     return LinearTables(b"".join(blocks), b"".join(paths), len(blocks), len(paths))
 
 
@@ -98,8 +94,7 @@ def row_tiles(nodes: int, species: int | None, dim: int, size: int) -> int:
 def forward_blocks(description: Linear, nodes: int, species: int | None, tiling: Tiling) -> int:
     """Thread blocks of linear_forward."""
     return sum(
-        row_tiles(nodes, species, 2 * degree + 1, tiling.bm) * -(-mul // tiling.bn)
-        for mul, degree in description.z
+        row_tiles(nodes, species, 2 * degree + 1, tiling.bm) * -(-mul // tiling.bn) for mul, degree in description.z
     )
 
 
@@ -168,9 +163,7 @@ extern "C" __global__ void __launch_bounds__({SUM_THREADS}) linear_grad_sum(
     mf::linear_grad_sum(partial, row_ptr, gradient, weight_numel, chunk);
 }}
 """
-    return _source(
-        "linear_grad", text, ("indexed_linear_grad.cuh",), ("linear_grad_partial", "linear_grad_sum")
-    )
+    return _source("linear_grad", text, ("indexed_linear_grad.cuh",), ("linear_grad_partial", "linear_grad_sum"))
 
 
 def _preamble(vx: int, vw: int, vz: int, along_x: bool, values: str, ids: str, tiling: Tiling) -> str:

@@ -28,9 +28,7 @@ _BODIES = {"evaluate": _EVALUATE, "gradient": _GRADIENT, "weights": _EVALUATE}
 
 
 @cache
-def symmetric_cpu(
-    polynomial: WeightedPolynomial, kind: str, tangent: bool, values: str, ids: str
-) -> CpuSource:
+def symmetric_cpu(polynomial: WeightedPolynomial, kind: str, tangent: bool, values: str, ids: str) -> CpuSource:
     """The function ``symmetric_<kind>`` for the CPU.
 
     Args:
@@ -75,9 +73,7 @@ extern "C" void symmetric_{kind}(const T* x, const T* tangent, const T* weights,
 
 
 @cache
-def symmetric_cuda(
-    polynomial: WeightedPolynomial, kind: str, tangent: bool, values: str, ids: str
-) -> CudaSource:
+def symmetric_cuda(polynomial: WeightedPolynomial, kind: str, tangent: bool, values: str, ids: str) -> CudaSource:
     """Kernel ``symmetric_<kind>`` for CUDA and, for "weights", ``symmetric_weights_sum``.
 
     Arguments as for the CPU.
@@ -142,9 +138,7 @@ def weights_block(polynomial: WeightedPolynomial, values: str, channels: int) ->
 
 
 def _headers(driver: str) -> tuple[tuple[str, str], ...]:
-    return tuple(
-        (name, header(name)) for name in ("number.h", "symmetric_node.h", "symmetric_table.h", driver)
-    )
+    return tuple((name, header(name)) for name in ("number.h", "symmetric_node.h", "symmetric_table.h", driver))
 
 
 def _preamble(plan: SymmetricPlan, kind: str, tangent: bool, values: str) -> list[str]:
@@ -165,9 +159,7 @@ def _polynomial(plan: SymmetricPlan, body: str, values: str, device: str) -> lis
         signature = "template <class X, class Sum> static MF_INLINE void evaluate(const X* x, Sum& sum) {"
         lines = _evaluate(plan, values)
     else:
-        signature = (
-            "template <class X, class P> static MF_INLINE void gradient(const X* x, X* dx, const P& pull) {"
-        )
+        signature = "template <class X, class P> static MF_INLINE void gradient(const X* x, X* dx, const P& pull) {"
         lines = _gradient(plan, values)
     return [
         "namespace mf {",
@@ -183,15 +175,12 @@ def _polynomial(plan: SymmetricPlan, body: str, values: str, device: str) -> lis
 
 def _sizes(polynomial: WeightedPolynomial) -> str:
     p = polynomial
-    return (
-        f"static constexpr int inputs = {p.num_inputs}, outputs = {p.num_outputs}, weights = {p.num_weights};"
-    )
+    return f"static constexpr int inputs = {p.num_inputs}, outputs = {p.num_outputs}, weights = {p.num_weights};"
 
 
 def _evaluate(plan: SymmetricPlan, values: str) -> list[str]:
     lines = [
-        f"sum.add({t.weight}, {t.output}, {_times(t.coefficient, f'x[{t.monomial[0]}]', values)});"
-        for t in plan.linear
+        f"sum.add({t.weight}, {t.output}, {_times(t.coefficient, f'x[{t.monomial[0]}]', values)});" for t in plan.linear
     ]
     for section in plan.sections:
         sums = _Sums()
@@ -251,8 +240,7 @@ def _factored_sums(pair: Pair, q: str, sums: _Sums, values: str) -> list[str]:
 
 def _gradient(plan: SymmetricPlan, values: str) -> list[str]:
     lines = [
-        f"dx[{t.monomial[0]}] += {_times(t.coefficient, f'pull({t.weight}, {t.output})', values)};"
-        for t in plan.linear
+        f"dx[{t.monomial[0]}] += {_times(t.coefficient, f'pull({t.weight}, {t.output})', values)};" for t in plan.linear
     ]
     for section in plan.sections:
         lines.append(f"{{  // irreps {section.blocks[0]} and {section.blocks[1]} of x")

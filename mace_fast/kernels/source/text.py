@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from importlib import resources
 
 
-@lru_cache(maxsize=None)
+@cache
 def header(name: str) -> str:
     """The text of a header that ships with the package."""
     return (resources.files("mace_fast.kernels.source") / "headers" / name).read_text(encoding="utf-8")

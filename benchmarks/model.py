@@ -1,0 +1,206 @@
+"""Energy, forces and stress of whole models at foundation shapes, beside mace-torch and its accelerators.
+
+    python -m benchmarks.model                                      # every row, every backend that is installed
+    python -m benchmarks.model --models mp0-medium --sizes 64 1000 --backends e3nn mace_fast_inference
+
+Random weights, graph already on the device, parameters frozen, TF32 off. ``ms`` is the median wall time of one call,
+``peak_mib`` the memory above the loaded model, ``dE_rel``, ``dF_rel``, ``dS_rel`` the distance from mace-torch in the
+same dtype.
+
+Backends: e3nn (mace-torch itself), cueq, oeq (mace-torch's own converters), mace_fast (mace_fast.convert, trainable),
+mace_fast_inference (the frozen program, replayed as a CUDA graph on a GPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # e3nn 0.4 under torch 2.6 and later
+
+import torch
+from torch import Tensor
+
+from benchmarks.timing import device_name, peak_memory_mib
+from mace_fast import zoo
+
+Call = Callable[[], dict[str, Any]]
+ROWS = (
+    ("mp0-medium", "diamond", (64, 1000, 4096)),
+    ("mp0-small", "diamond", (64, 1000, 4096)),
+    ("mp0-large", "diamond", (64, 1000, 4096)),
+    ("mpa0-medium", "diamond", (64, 1000, 4096)),
+    ("mh-1", "diamond", (64, 1000, 4096)),
+    ("off23-medium", "water", (192, 3000)),
+)
+BACKENDS = ("e3nn", "cueq", "oeq", "mace_fast", "mace_fast_inference")
+
+
+def prepare(
+    backend: str, model: torch.nn.Module, device: torch.device
+) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
+    """A callable from MACE's input to its output with energy, forces and stress."""
+    if backend == "mace_fast_inference":
+        from mace_fast.inference import CapturedMACE, FrozenMACE
+        from mace_fast.patch.api import convert
+
+        frozen = FrozenMACE(convert(model, verify=False))
+        if device.type == "cuda":
+            captured = CapturedMACE(frozen)
+            return lambda data: captured(data, compute_stress=True)
+        return lambda data: frozen(data, compute_stress=True)
+    if backend == "mace_fast":
+        from mace_fast.patch.api import convert
+
+        model = convert(model, verify=False)
+    elif backend == "cueq":
+        from mace.cli.convert_e3nn_cueq import run
+
+        model = run(model, device=str(device), return_model=True)
+    elif backend == "oeq":
+        from mace.cli.convert_e3nn_oeq import run
+
+        model = run(model, device=str(device), return_model=True)
+    model = model.to(device)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return lambda data: model(dict(data), compute_stress=True)
+
+
+def wall_ms(call: Call, device: torch.device, *, budget_s: float) -> float:
+    """Median wall time of a call that ends with the results on the device."""
+
+    def run() -> None:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    for _ in range(4):
+        run()
+    times: list[float] = []
+    started = time.perf_counter()
+    while len(times) < 5 or (time.perf_counter() - started < budget_s and len(times) < 100):
+        begin = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return statistics.median(times)
+
+
+def structure(kind: str, natoms: int) -> Any:
+    return zoo.diamond(natoms) if kind == "diamond" else zoo.water(natoms // 3)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def measure(
+    name: str,
+    kind: str,
+    sizes: list[int],
+    backends: list[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    budget_s: float,
+) -> list[dict[str, Any]]:
+    """Rows of one model; results are compared with mace-torch's where that is the first of the backends."""
+    rows = []
+    base = zoo.build(name, dtype=dtype)
+    expected: dict[int, dict[str, Tensor]] = {}
+    for backend in backends:
+        label = {"model": name, "backend": backend, "kind": kind, "dtype": str(dtype).removeprefix("torch.")}
+        try:
+            evaluate = prepare(backend, zoo.build(name, dtype=dtype).to(device), device)
+        except Exception as error:  # a peer that is not installed or cannot convert is a row with its error
+            if backend.startswith("mace_fast"):
+                raise
+            rows.append({**label, "error": f"{type(error).__name__}: {error}"[:200]})
+            print(rows[-1], flush=True)
+            continue
+        for natoms in sizes:
+            graph = zoo.graph(structure(kind, natoms), base, dtype=dtype)
+            data = {key: value.to(device) for key, value in graph.items()}
+            row = {**label, "natoms": natoms, "edges": data["edge_index"].shape[1]}
+            try:
+                row |= measure_row(partial(evaluate, data), expected, natoms, backend == "e3nn", device, budget_s)
+            except torch.cuda.OutOfMemoryError:
+                row["error"] = "out of memory"
+            except RuntimeError as error:
+                if backend.startswith("mace_fast"):
+                    raise
+                row["error"] = str(error)[:200]
+            rows.append(row)
+            print({key: value for key, value in row.items() if key != "kind"}, flush=True)
+            release(device)
+        del evaluate
+        release(device)
+    return rows
+
+
+def measure_row(
+    call: Call,
+    expected: dict[int, dict[str, Tensor]],
+    natoms: int,
+    is_reference: bool,
+    device: torch.device,
+    budget_s: float,
+) -> dict[str, Any]:
+    """First call, difference from mace-torch, memory and time of one evaluation."""
+    start = time.perf_counter()
+    out = call()
+    row: dict[str, Any] = {"first_s": round(time.perf_counter() - start, 2)}
+    if is_reference:
+        expected[natoms] = {key: out[key].detach() for key in ("energy", "forces", "stress")}
+    elif natoms in expected:
+        for label, key in (("dE_rel", "energy"), ("dF_rel", "forces"), ("dS_rel", "stress")):
+            row[label] = relative(out[key], expected[natoms][key])
+    del out
+    memory = peak_memory_mib(call, device)
+    row["peak_mib"] = None if memory is None else round(memory, 1)
+    if device.type == "cuda":
+        row["reserved_mib"] = round(torch.cuda.memory_reserved(device) / 2**20, 1)
+    row["ms"] = round(wall_ms(call, device, budget_s=budget_s), 4)
+    return row
+
+
+def release(device: torch.device) -> None:
+    """Give memory back, so that one row does not count another's."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=[row[0] for row in ROWS])
+    parser.add_argument("--sizes", nargs="+", type=int, default=None, help="numbers of atoms instead of the table's")
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds spent timing one row")
+    parser.add_argument("--output", type=Path, default=None, help="write JSON rows here")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    print(f"{device_name(device)}, torch {torch.__version__}", flush=True)
+    rows = []
+    for name, kind, sizes in ROWS:
+        if name in args.models:
+            chosen = list(args.sizes or sizes)
+            rows += measure(name, kind, chosen, args.backends, getattr(torch, args.dtype), device, args.budget)
+            if args.output:  # after each model: a run that is cut short keeps what it has
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                result = {"device": device_name(device), "torch": torch.__version__, "rows": rows}
+                args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

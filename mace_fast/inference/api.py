@@ -1,0 +1,81 @@
+"""``freeze``: from a MACE model to a verified frozen program."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import ase
+import numpy as np
+import torch
+
+from mace_fast.inference.frozen import FrozenMACE
+from mace_fast.inference.radial import depends_on_species
+from mace_fast.patch.api import convert
+from mace_fast.patch.constants import with_fast_constants
+from mace_fast.patch.replace import put_back
+from mace_fast.verification import EquivalenceReport, Progress, compare
+from mace_fast.verification.structures import default_structures
+
+_MODES = ("stress", "energy", "forces", "virials", "displacement", "no edges")
+_ELEMENTS = 2
+"""Elements in the structures of the verification, where each pair of species has tables of its own."""
+
+
+def freeze(
+    model: torch.nn.Module,
+    *,
+    verify: bool = True,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    structures: Sequence[ase.Atoms] | None = None,
+    progress: Progress | None = None,
+) -> FrozenMACE:
+    """A copy of a MACE energy model as one program for inference: energies, forces and stress, no training.
+
+    The radial networks become splines of the distance whose error is bounded when they are made, so that the weights of
+    the convolutions, the largest tensors of a model, are never written.
+
+    Args:
+        model: a MACE or ScaleShiftMACE, converted or not. It is not touched.
+        verify: compare the converted model with the original, and the program with the original too.
+        dtype, device: of the program; the model's by default.
+        structures: to verify on, instead of some made up from the model's elements. Where tables depend on the two
+            species of an edge, those made up hold two elements.
+        progress: called with what is being verified, the number of steps done, and of steps known.
+
+    Returns:
+        The program, callable like the model.
+
+    Raises:
+        UnsupportedModuleError: a block is not understood, or its radial weights are no functions of the distance.
+        VerificationError: the program does not compute what the model does; ``.report`` says where.
+    """
+    fast = convert(model, verify=verify, dtype=dtype, device=device, structures=structures, progress=progress)
+    frozen = FrozenMACE(fast)
+    if verify:
+        verify_frozen(model, frozen, structures=structures, progress=progress).raise_if_failed()
+    return frozen
+
+
+def verify_frozen(
+    model: torch.nn.Module,
+    frozen: FrozenMACE,
+    *,
+    structures: Sequence[ase.Atoms] | None = None,
+    progress: Progress | None = None,
+) -> EquivalenceReport:
+    """Compare a program with the model that it was made from, in every mode but training and the Hessian."""
+    reference = with_fast_constants(put_back(copy.deepcopy(model)), frozen.converted)
+    if structures is None:
+        structures = default_structures(reference)
+        if depends_on_species(frozen):
+            structures = [_of_few_elements(atoms, np.asarray(reference.atomic_numbers)) for atoms in structures]
+    return compare(reference, frozen, structures=structures, modes=_MODES, progress=progress)
+
+
+def _of_few_elements(atoms: ase.Atoms, numbers: np.ndarray) -> ase.Atoms:
+    chosen = numbers[:: max(1, len(numbers) // _ELEMENTS)][:_ELEMENTS]
+    few = atoms.copy()
+    few.numbers = chosen[np.arange(len(atoms)) % len(chosen)]
+    return few

@@ -1,0 +1,85 @@
+"""The convolution with weights from splines against the convolution with the same weights written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import assert_close, mace_product
+
+from mace_fast.inference.tables import SplineTable, tabulate
+from mace_fast.kernels import ChannelwiseTensorProduct, channelwise_tp_conv, edge_graph
+from mace_fast.kernels.ops.spline_conv import FrozenGraph, RadialSpline, spline_conv
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+CUTOFF = 5.0
+
+
+def functions(numel: int, tables: int) -> list:
+    """Smooth functions of the distance, different for each table."""
+    a, b = torch.randn(tables, numel, dtype=torch.float64), torch.rand(tables, numel, dtype=torch.float64)
+    return [lambda r, n=n: torch.sin(a[n] * r[:, None]) * torch.exp(-b[n] * r[:, None]) for n in range(tables)]
+
+
+def on_device(table: SplineTable, pair: torch.Tensor | None, device: str, dtype: torch.dtype) -> RadialSpline:
+    rows = table.rows.to(device, dtype)
+    rows = rows.transpose(1, 2).contiguous() if device == "cuda" else rows.contiguous()
+    return RadialSpline(pair, rows, table.intervals, table.per_length)
+
+
+def problem(d: ChannelwiseTensorProduct, device: str, dtype: torch.dtype, nodes: int, edges: int) -> tuple:
+    x = torch.randn(nodes, d.x_dim, dtype=torch.float64).to(device, dtype).requires_grad_()
+    y = torch.randn(edges, d.y_dim, dtype=torch.float64).to(device, dtype).requires_grad_()
+    r = (0.5 + (CUTOFF - 0.6) * torch.rand(edges, dtype=torch.float64)).to(device, dtype).requires_grad_()
+    sender, receiver = (torch.randint(0, nodes, (edges,), device=device) for _ in range(2))
+    graph = edge_graph(sender, receiver, nodes, nodes)
+    frozen = FrozenGraph(graph.sender, graph.order, graph.row, graph.sender_order, graph.sender_row)
+    return x, y, r, graph, frozen
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tables", [1, 3])
+def test_equals_written_weights(seed: int, device: str, dtype: torch.dtype, tables: int) -> None:
+    d = mace_product(1, 20)
+    x, y, r, graph, frozen = problem(d, device, dtype, 7, 90)
+    radial = functions(d.weight_numel, tables)
+    pair = torch.randint(0, tables, (90,), dtype=torch.int32, device=device) if tables > 1 else None
+    table = tabulate("f", radial, CUTOFF, torch.float64)
+    z = spline_conv(d, x, y, r, frozen, on_device(table, pair, device, dtype))
+    x2, y2, r2 = (t.detach().cpu().double().requires_grad_() for t in (x, y, r))
+    which = torch.zeros(90, dtype=torch.int64) if pair is None else pair.cpu().long()
+    weights = torch.stack([f(r2) for f in radial])[which, torch.arange(90)]
+    cpu_graph = type(graph)(*(t.cpu() for t in graph))
+    oracle = channelwise_tp_conv(d, x2, y2, weights, cpu_graph)
+    # A length in float32 has a place in its interval to 2^-24 * intervals; the weights inherit that.
+    terms = 1e4
+    assert_close(z, oracle, terms=terms)
+    g = torch.randn_like(oracle)
+    got = torch.autograd.grad(z, (x, y, r), g.to(device, dtype))
+    for a, b in zip(got, torch.autograd.grad(oracle, (x2, y2, r2), g), strict=True):
+        assert_close(a, b, terms=terms)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_beyond_the_cutoff_is_exactly_zero_and_nan_stays(seed: int, device: str) -> None:
+    d = mace_product(0, 8)
+    x, y, r, _, frozen = problem(d, device, torch.float64, 4, 30)
+    spline = on_device(tabulate("f", functions(d.weight_numel, 1), CUTOFF, torch.float64), None, device, torch.float64)
+    far = torch.full_like(r, CUTOFF + 0.1).detach().requires_grad_()
+    z = spline_conv(d, x, y, far, frozen, spline)
+    assert torch.equal(z, torch.zeros_like(z))
+    for gradient in torch.autograd.grad(z.sum(), (x, y, far)):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+    assert torch.isnan(spline_conv(d, x, y, torch.full_like(r, torch.nan), frozen, spline)).any()
+
+
+def test_wrong_operands_are_named(seed: int) -> None:
+    d = mace_product(0, 8)
+    x, y, r, _, frozen = problem(d, "cpu", torch.float64, 4, 30)
+    spline = on_device(tabulate("f", functions(d.weight_numel, 1), CUTOFF, torch.float64), None, "cpu", torch.float64)
+    with pytest.raises(ValueError, match="y has shape"):
+        spline_conv(d, x, y[:, :3], r, frozen, spline)
+    with pytest.raises(ValueError, match="rows has shape"):
+        spline_conv(d, x, y, r, frozen, spline._replace(rows=spline.rows[:, :, :3]))
+    with pytest.raises(TypeError, match="float32"):
+        spline_conv(d, x.float(), y, r, frozen, spline)
