@@ -174,6 +174,14 @@ def test_biases_and_external_weights() -> None:
     linear = model.interactions[0].linear_up
     model.interactions[0].linear_up = o3.Linear(linear.irreps_in, linear.irreps_out, internal_weights=False)
     _refused(model, "interactions.0", "linear_up", "outside")
+    model.interactions[0].linear_up = o3.Linear(linear.irreps_in, linear.irreps_out, biases=True)
+    _refused(model, "interactions.0", "linear_up", "biases")
+
+
+def test_precision_without_kernels() -> None:
+    model = small_model().to(torch.bfloat16)
+    _refused(model, "bfloat16", "dtype='float32'")
+    assert next(convert(model, dtype="float32", verify=False).parameters()).dtype == torch.float32
 
 
 def test_nothing_to_replace() -> None:

@@ -53,6 +53,25 @@ def test_writes_that_torch_does_not_count(rng: np.random.Generator) -> None:
     assert torch.equal(memo.topology(edges, 6, fresh=True).graph.sender.long(), edges[0])
 
 
+def test_a_new_forward_forgets_the_species(rng: np.random.Generator) -> None:
+    array = np.eye(3)[rng.integers(3, size=6)]
+    memo, attributes, edges = TopologyMemo(), torch.from_numpy(array), _edges(rng)
+    memo.species(attributes)
+    array[:] = np.eye(3)[rng.integers(3, size=6)]
+    memo.topology(edges, 6, fresh=True)
+    assert torch.equal(memo.species(attributes).of_node, attributes.argmax(dim=1))
+
+
+def test_tracing_remembers_nothing(rng: np.random.Generator) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    memo = TopologyMemo()
+    with FakeTensorMode() as mode:
+        attributes = mode.from_tensor(torch.eye(4))
+        memo.species(attributes)
+    assert memo._species is None
+
+
 def test_inference_tensors(rng: np.random.Generator) -> None:
     memo = TopologyMemo()
     with torch.inference_mode():
@@ -72,9 +91,9 @@ def test_species(rng: np.random.Generator) -> None:
     memo = TopologyMemo()
     index = torch.tensor(rng.integers(4, size=9))
     attributes = torch.eye(4)[index]
-    species = memo.species(attributes, fresh=False)
+    species = memo.species(attributes)
     assert torch.equal(species.of_node, index)
-    assert memo.species(attributes, fresh=False) is species
+    assert memo.species(attributes) is species
 
 
 def test_no_gradient_by_species(rng: np.random.Generator) -> None:
@@ -95,7 +114,7 @@ def test_species_that_are_not_one_hot(wrong: float, rng: np.random.Generator) ->
     attributes = torch.eye(4)[torch.tensor(rng.integers(4, size=9))]
     attributes[3] = torch.where(attributes[3] == 1, wrong, 0.0)
     with pytest.raises(ValueError, match="row 3"):
-        TopologyMemo().species(attributes, fresh=False)
+        TopologyMemo().species(attributes)
     attributes[3] = torch.tensor([1.0, 1.0, 0.0, 0.0])
     with pytest.raises(ValueError, match="row 3"):
-        TopologyMemo().species(attributes, fresh=False)
+        TopologyMemo().species(attributes)

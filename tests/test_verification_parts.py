@@ -382,6 +382,25 @@ def test_bad_arguments(model: torch.nn.Module) -> None:
         compare(torch.nn.Linear(2, 2), model)
 
 
+def test_every_head_is_compared_on_given_structures(seed: int) -> None:
+    heads = ("a", "b", "c")
+    model = build(replace(small_variants()["base"], heads=heads))
+    atoms = ase.Atoms("CO", positions=[[0, 0, 0], [0, 0, 1.2]])
+    other = ase.Atoms("COH", positions=[[0, 0, 0], [0, 0, 1.2], [1, 0, 2]], info={"head": "b"})
+
+    def compared(*structures: ase.Atoms) -> list[str]:
+        report = compare(model, model, structures=structures, modes=["energy"], seed=seed)
+        left_out = set(heads) - {structure.head for structure in report.structures}
+        assert all(any("heads" in line and head in line for line in report.not_compared) for head in left_out)
+        return [structure.head for structure in report.structures]
+
+    assert compared(atoms) == ["a", "b", "c"]
+    assert compared(other, atoms) == ["b", "a", "c"]
+    assert compared(other) == ["b"]
+    assert compared(atoms, other, atoms, atoms) == ["a", "b", "c", "a"]
+    assert "head" not in atoms.info
+
+
 def test_missing_embedding_is_named(seed: int) -> None:
     base = small_variants()["base"]
     specs = {"temperature": {"type": "continuous", "per": "graph", "emb_dim": 4, "in_dim": 1}}
@@ -403,6 +422,21 @@ def test_a_reference_that_fails_is_not_the_candidates_fault(model: torch.nn.Modu
     broken.__class__ = Broken
     with pytest.raises(MaceFastError, match="the reference, a Broken, cannot be evaluated"):
         compare(broken, model)
+
+
+@pytest.mark.gpu
+def test_on_the_gpu(model: torch.nn.Module, seed: int) -> None:
+    """Another device rounds differently, but passes; a fault is found there as well."""
+    reference = copy.deepcopy(model).cuda()
+    names = {"interactions.0": "", "products.1": "", "interactions.1.conv_tp": ""}
+    report = compare(reference, copy.deepcopy(model).float(), device="cuda", modules=names, seed=seed)
+    assert report.passed, str(report)
+    assert report.device == "cuda" and report.environment["GPU"]
+    assert next(reference.parameters()).is_cuda
+    reference.products[0].linear.weight.data *= 1 + 1e-9
+    failed = compare(reference, model, device="cuda", modes=["stress", "training"], seed=seed)
+    first = failed.first_differing_module()
+    assert not failed.passed and first is not None and first.name == "products.0"
 
 
 def test_one_atom_alone(model: torch.nn.Module) -> None:

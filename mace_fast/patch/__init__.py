@@ -11,8 +11,7 @@ How matching works
 
 What a fast module is
     A module with the forward signature, the layout at its boundary, and the state of the one it stands in
-    for: the same dictionaries of parameters, buffers, submodules and hooks. See
-        ``mace_fast.patch.blocks.base``.
+    for: the same dictionaries of parameters, buffers, submodules and hooks; ``blocks.base`` has the details.
 
     api         convert, patch, restore, verify, describe
     match       which modules are understood, and why the others are not

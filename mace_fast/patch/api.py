@@ -51,7 +51,7 @@ def convert(
         ValueError: a dtype that there are no kernels for.
     """
     wanted = _checked_dtype(dtype)
-    matches = _convertible(model)
+    matches = _convertible(model, wanted)
     fast = replace(copy.deepcopy(model), matches).to(device=device, dtype=wanted)
     if verify:
         check_equivalence(model, fast, structures=structures, progress=progress).raise_if_failed()
@@ -68,8 +68,7 @@ def patch(
     """Put fast modules into ``model`` itself; ``restore`` takes them out again.
 
     Parameters and buffers stay the very same tensors, so optimisers and references to them remain valid. A
-    copy is verified
-    first: when anything fails, the model is as it was. Modules that are fast already stay.
+    copy is verified first: when anything fails, the model is as it was. Modules that are fast already stay.
 
     Args:
         model, verify, structures, progress: as in ``convert``.
@@ -81,12 +80,11 @@ def patch(
         UnsupportedModuleError, VerificationError: as ``convert``; also if ``model`` itself would have to be
             replaced.
     """
-    matches = _convertible(model)
+    matches = _convertible(model, None)
     if any(m.name == "" and m.status == "replace" for m in matches):
         raise UnsupportedModuleError(
             f"a {type(model).__name__} cannot be patched in place, since it is itself what is replaced; use "
-            "convert, or patch "
-            "the module that holds it"
+            "convert, or patch the module that holds it"
         )
     if verify:
         fast = replace(copy.deepcopy(model), matches)
@@ -95,8 +93,7 @@ def patch(
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
-    """Put the original modules back, the same objects, with whatever state training or ``.to()`` has given
-    them since.
+    """Put the original modules back: the same objects, with whatever state they were given since.
 
     Args:
         model: a converted or patched model; one without fast modules is left as it is.
@@ -115,8 +112,7 @@ def verify(
     dtypes: tuple[torch.dtype, ...] | None = None,
     progress: Progress | None = None,
 ) -> EquivalenceReport:
-    """Compare a model with its fast form: every result of the whole model in every mode, and each replaced
-    module.
+    """Compare a model with its fast form: every result in every mode, and each replaced module by itself.
 
     Args:
         model: the original. Fast modules in it are left out: it is always mace-torch that is compared with.
@@ -137,21 +133,26 @@ def describe(model: torch.nn.Module) -> str:
     return "\n".join(str(m) for m in match(model))
 
 
-def _convertible(model: torch.nn.Module) -> list[Match]:
+def _convertible(model: torch.nn.Module, dtype: torch.dtype | None) -> list[Match]:
     """The matches of a model that can be converted.
 
     Raises:
-        UnsupportedModuleError: something is refused, or there is nothing to do and nothing done before.
+        UnsupportedModuleError: something is refused, or there is nothing to do and nothing done before, or
+            the model is in a precision without kernels, and stays in it.
     """
     matches = match(model)
-    refused = [
-        f"{m.name or 'the model'} ({m.module_class}): {m.reason}" for m in matches if m.status == "refuse"
-    ]
+    refused = [f"{m.name or 'the model'} ({m.module_class}): {m.reason}" for m in matches if m.status == "refuse"]
     if refused:
         raise UnsupportedModuleError("mace_fast cannot convert this model:\n  " + "\n  ".join(refused))
     if not any(m.status == "replace" for m in matches) and not fast_modules(model):
         kept = "".join(f"\n  {m}" for m in matches)
         raise UnsupportedModuleError(f"there is nothing to replace in this {type(model).__name__}{kept}")
+    for name, parameter in model.named_parameters():
+        if dtype is None and parameter.is_floating_point() and parameter.dtype not in _DTYPES.values():
+            raise UnsupportedModuleError(
+                f"{name} is {parameter.dtype}, and there are kernels for float32 and float64: cast the model "
+                "first, or convert it with dtype='float32'"
+            )
     return matches
 
 

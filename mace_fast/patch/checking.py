@@ -1,6 +1,4 @@
-"""Which comparison a pair of models gets: the whole model in MACE's signature, or each fast module on random
-inputs.
-"""
+"""Which comparison models get: as a whole in MACE's signature, or each fast module on random inputs."""
 
 from __future__ import annotations
 
@@ -42,31 +40,24 @@ def check_equivalence(
     found = fast_modules(fast)
     if not found:
         raise ValueError(
-            f"this {type(fast).__name__} holds no module of mace_fast; give the converted or patched model "
-            "second"
+            f"this {type(fast).__name__} holds no module of mace_fast; give the converted or patched model second"
         )
     labels = {name: module.kernels() for name, module in found.items()}
     if dtypes is None:
-        dtypes = tuple(
-            dict.fromkeys(
-                (torch.float64, *(t.dtype for t in fast.state_dict().values() if t.is_floating_point()))
-            )
-        )
+        tensors: list[torch.Tensor] = [*fast.parameters()] or [*fast.buffers()]
+        dtypes = tuple(dict.fromkeys((torch.float64, *(t.dtype for t in tensors if t.is_floating_point()))))
     if fast_modules(model):
         model = put_back(copy.deepcopy(model))
     reference = with_fast_constants(model, fast)
     candidate = with_fast_constants(fast, fast)
     if _ENERGY_MODEL in ancestor_names(reference):
-        report = compare(
-            reference, candidate, structures=structures, dtypes=dtypes, modules=labels, progress=progress
-        )
+        report = compare(reference, candidate, structures=structures, dtypes=dtypes, modules=labels, progress=progress)
         if reference is not model:
             report.environment["constants"] = "of float32 precision in the model, exact in this comparison"
         return report
     if structures is not None:
         raise ValueError(
-            f"structures are for MACE models; this is a {type(model).__name__}, whose modules get random "
-            "inputs"
+            f"structures are for MACE models; this is a {type(model).__name__}, whose modules get random inputs"
         )
     return _compare_modules(reference, candidate, labels, dtypes)
 
@@ -90,8 +81,7 @@ def _compare_modules(
         dtypes=[dtype_name(dtype) for dtype in dtypes],
         device=str(device),
         not_compared=[
-            f"the model around the replaced modules: a {type(reference).__name__} is no energy model of "
-            "mace-torch"
+            f"the model around the replaced modules: a {type(reference).__name__} is no energy model of mace-torch"
         ],
     )
     report.num_tensors, report.tensors = compare_tensors(reference, candidate)
@@ -110,7 +100,7 @@ def _compare_modules(
             row.tolerance,
             row.passed,
             row.note,
-        )  # fmt: skip
+        )
         for row in report.modules
     ]
     report.seconds["total"] = time.perf_counter() - start
@@ -120,9 +110,7 @@ def _compare_modules(
 def _example_call(name: str, module: FastModule[Any], generator: torch.Generator) -> Call:
     # Rounded to float32, so that every dtype is given the same numbers.
     arguments = {
-        key: Argument(
-            value.detach().float().double() if value.is_floating_point() else value, value.requires_grad
-        )
+        key: Argument(value.detach().float().double() if value.is_floating_point() else value, value.requires_grad)
         for key, value in module.example(generator).items()
     }
     return Call(name, (), arguments)

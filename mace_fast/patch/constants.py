@@ -114,7 +114,6 @@ def _require_rounding(name: str, live: Any, wanted: Any) -> None:
     if difference > _FLOAT32_ROUNDING * size:
         raise UnsupportedModuleError(
             f"{name} is {difference / size:.1e} (relative) from the table that mace_fast computes with; "
-            "float32 rounding explains "
-            f"{_FLOAT32_ROUNDING:.0e}. This is a fault of mace_fast if the model was made by mace-torch: "
-            "please report it"
+            f"float32 rounding explains {_FLOAT32_ROUNDING:.0e}. If mace-torch made the model, this is a fault "
+            "of mace_fast: please report it"
         )

@@ -35,13 +35,11 @@ MACE_BLOCKS: dict[str, type[FastModule[Any]]] = {
     _BLOCKS + "RealAgnosticResidualNonLinearInteractionBlock": FastRealAgnosticResidualNonLinearInteraction,
     _BLOCKS + "EquivariantProductBasisBlock": FastEquivariantProductBasis,
 }
-"""The blocks of MACE by the full name of their class. A model that has another block of these families is
-refused.
-"""
+"""The blocks of MACE by the full name of their class; a model with another block of their kind is refused."""
 
 _FAMILIES = {
-    _BLOCKS + "InteractionBlock": "interaction block",
-    _BLOCKS + "EquivariantProductBasisBlock": "product block",
+    _BLOCKS + "InteractionBlock": "an interaction block",
+    _BLOCKS + "EquivariantProductBasisBlock": "a product block",
 }
 _LEAVES = ("e3nn.o3.", "e3nn.math.")
 
@@ -117,17 +115,14 @@ def _refusal(name: str, module: torch.nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         original = getattr(module, "original_name", "")
         if not name or any(block.endswith("." + original) for block in MACE_BLOCKS):
-            return (
-                f"it is TorchScript ({original}), whose modules cannot be read or replaced; give the eager "
-                "model"
-            )
+            return f"it is TorchScript ({original}), whose modules cannot be read or replaced; give the eager model"
         return None
     if class_name(module) in MACE_BLOCKS:
         return None
     for family, words in _FAMILIES.items():
         if family in ancestor_names(module):
             return (
-                f"it is an {words} that mace_fast does not know; known are "
+                f"it is {words} that mace_fast does not know; known are "
                 f"{', '.join(n.rpartition('.')[2] for n in MACE_BLOCKS)}"
             )
     return foreign_accelerator(module)

@@ -35,9 +35,7 @@ def replace(model: torch.nn.Module, matches: Sequence[Match]) -> torch.nn.Module
 
 def put_back(model: torch.nn.Module) -> torch.nn.Module:
     """Put every original module back, with the state of its stand-in; the inverse of ``replace``."""
-    originals = {
-        id(module): module.give_back() for module in model.modules() if isinstance(module, FastModule)
-    }
+    originals = {id(module): module.give_back() for module in model.modules() if isinstance(module, FastModule)}
     return _exchange(model, originals)
 
 

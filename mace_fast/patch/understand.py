@@ -46,8 +46,7 @@ def ancestor_names(module: object) -> set[str]:
 
 
 def require_class(name: str, module: object, expected: str) -> None:
-    """``module`` is of exactly the class ``expected``, runs that class's own forward, and nothing listens to
-    its calls.
+    """``module`` is exactly an ``expected``, runs that class's own forward, and nothing listens to its calls.
 
     ``name`` is the attribute under which the module was found, for the message.
 
@@ -70,8 +69,7 @@ def require_unhooked(name: str, module: object) -> None:
         if module.__dict__.get(attribute):
             raise UnsupportedModuleError(
                 f"its {name} has {words}, which would not run: the fast block does not call its parts. "
-                "Remove it, or register "
-                "it on the block itself"
+                "Remove it, or register it on the block itself"
             )
 
 
@@ -109,12 +107,17 @@ def read_linear(parent: torch.nn.Module, name: str, **layouts: Any) -> Linear:
     require_class(name, module, LINEAR)
     if not module.internal_weights:
         raise UnsupportedModuleError(f"its {name} takes its weights from outside")
-    return _described(name, describe_linear, module, **layouts)
+    description: Linear = _described(name, describe_linear, module, **layouts)
+    if description.biases:
+        raise UnsupportedModuleError(f"its {name} has biases, which no block of mace-torch has")
+    return description
 
 
 def read_indexed_linear(parent: torch.nn.Module, name: str, **layouts: Any) -> tuple[Linear, int]:
-    """The ``FullyConnectedTensorProduct`` with one-hot attributes at ``parent.name``: the map of one species,
-    and how many.
+    """The ``FullyConnectedTensorProduct`` with one-hot attributes at ``parent.name``.
+
+    Returns:
+        The linear map of one species, and the number of species.
 
     Raises:
         UnsupportedModuleError: it is something else, or has external weights.
@@ -127,8 +130,7 @@ def read_indexed_linear(parent: torch.nn.Module, name: str, **layouts: Any) -> t
 
 
 def read_channelwise(name: str, module: Any) -> ChannelwiseTensorProduct:
-    """The description of an ``o3.TensorProduct`` all of whose paths are 'uvu', wherever its weights come
-    from.
+    """The description of an ``o3.TensorProduct`` with 'uvu' paths only, wherever its weights come from.
 
     Raises:
         UnsupportedModuleError: another class, other paths, or coupling constants in another convention than
@@ -137,9 +139,7 @@ def read_channelwise(name: str, module: Any) -> ChannelwiseTensorProduct:
     _require_name(name, module, TENSOR_PRODUCT)
     modes = sorted({ins.connection_mode for ins in module.instructions} - {"uvu"})
     if modes:
-        raise UnsupportedModuleError(
-            f"its {name} has paths of mode {', '.join(modes)}; only uvu has a kernel"
-        )
+        raise UnsupportedModuleError(f"its {name} has paths of mode {', '.join(modes)}; only uvu has a kernel")
     _require_known_couplings(name, module)
     # e3nn gives blocks of multiplicity 0 numbers but no storage.
     x, x_index = _kept_blocks(module.irreps_in1)
@@ -159,8 +159,7 @@ def read_channelwise(name: str, module: Any) -> ChannelwiseTensorProduct:
     description = _described(name, ChannelwiseTensorProduct, x, y, z, paths)
     if description.weight_numel != module.weight_numel:
         raise UnsupportedModuleError(
-            f"its {name} has {module.weight_numel} weights, but its instructions imply "
-            f"{description.weight_numel}"
+            f"its {name} has {module.weight_numel} weights, but its instructions imply {description.weight_numel}"
         )
     return description
 
@@ -181,16 +180,14 @@ def _require_known_couplings(name: str, module: torch.nn.Module) -> None:
         if np.abs(live - clebsch_gordan(*degrees)).max() > _COUPLING_TOLERANCE:
             raise UnsupportedModuleError(
                 f"its {name} couples {degrees} with other constants than e3nn 0.4's wigner_3j "
-                f"({buffer_name}); "
-                "was it made by another version of e3nn?"
+                f"({buffer_name}); was it made by another version of e3nn?"
             )
 
 
 def _kept_blocks(irreps: Any) -> tuple[tuple[tuple[int, int], ...], dict[int, int]]:
     kept = [number for number, (mul, _) in enumerate(irreps) if mul > 0]
-    return tuple((irreps[n].mul, irreps[n].ir.l) for n in kept), {
-        n: position for position, n in enumerate(kept)
-    }
+    blocks = tuple((irreps[number].mul, irreps[number].ir.l) for number in kept)
+    return blocks, {number: position for position, number in enumerate(kept)}
 
 
 def _described(name: str, describe: Any, *args: Any, **kwargs: Any) -> Any:
@@ -217,19 +214,13 @@ def foreign_accelerator(module: object) -> str | None:
 def _explain(found: str) -> str:
     """What is known about classes that users' models do contain."""
     if "lora" in found.lower():
-        return (
-            ". It is wrapped for low-rank fine-tuning: merge first, with "
-            "mace.modules.lora.merge_lora_weights(model)"
-        )
+        return ". It is wrapped for low-rank fine-tuning: merge first, with mace.modules.lora.merge_lora_weights(model)"
     if found.startswith("cuequivariance"):
         return ". It belongs to cuEquivariance: convert back first, with mace.cli.convert_cueq_e3nn.run"
     if found.startswith("openequivariance"):
         return ". It belongs to OpenEquivariance: convert back first, with mace.cli.convert_oeq_e3nn.run"
     if found.startswith("torch.fx."):
-        return (
-            ". It was traced with torch.fx, as mace.tools.compile.prepare does: give the model as it was "
-            "before that"
-        )
+        return ". It was traced with torch.fx, as mace.tools.compile.prepare does: give the model as it was before that"
     if found.startswith("torch.jit."):
         return ". It is compiled to TorchScript, whose modules cannot be read: give the eager model"
     return ""

@@ -26,7 +26,7 @@ from mace_fast.verification.modules import compare_modules
 from mace_fast.verification.quantities import call_failed, compare_quantities
 from mace_fast.verification.reference import Copies, ReferenceResults
 from mace_fast.verification.report import EquivalenceReport, QuantityRow, StructureInfo, dtype_name
-from mace_fast.verification.structures import default_structures
+from mace_fast.verification.structures import default_structures, model_heads, with_every_head
 from mace_fast.verification.tensors import compare_tensors
 
 Progress = Callable[[str, int, int], None]
@@ -58,7 +58,8 @@ def compare(
         reference: a MACE model of mace-torch; in float64 it is the truth.
         candidate: a module of the same signature, whose state dictionary has the same tensors.
         structures: evaluated instead of ``default_structures(reference)``. ``atoms.info`` may hold ``name``,
-            ``head``, and additional inputs (``charge``, ``spin``); without a head, the heads take turns.
+            ``head``, and additional inputs (``charge``, ``spin``). Structures without a head are given each
+            head in turn, and the smallest one is repeated for heads that are left.
         dtypes: float64, float32 or both; by default float64 and the candidate's own.
         device: where to evaluate; by default where the candidate is.
         modules: names of modules to be compared one by one, each with a label of the kernel that runs for it.
@@ -81,7 +82,10 @@ def compare(
     labels = _checked_modules(modules, reference)
     run_modes = _checked_modes(modes)
     run_seed = secrets.randbits(31) if seed is None else seed
-    atoms = default_structures(reference, seed=run_seed) if structures is None else list(structures)
+    if structures is None:
+        atoms = default_structures(reference, seed=run_seed)
+    else:
+        atoms = with_every_head(reference, structures)
     if not atoms:
         raise ValueError(
             "no structures to compare on; leave out `structures` to use default_structures(reference)"
@@ -140,6 +144,9 @@ class _Comparison:
             self.report.structures = [
                 StructureInfo(g.name, g.formula, g.pbc, g.head, g.num_atoms, g.num_edges) for g in graphs
             ]
+            unused = [head for head in model_heads(self.reference) if head not in {g.head for g in graphs}]
+            if unused:
+                self.report.not_compared.append(f"heads {', '.join(unused)}: no structure is for them")
             batches = _make_batches(graphs)
         with self._step("scales"):
             return ReferenceResults(self.reference, self.candidate.device, batches)

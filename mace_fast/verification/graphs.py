@@ -82,10 +82,8 @@ def build_graphs(model: torch.nn.Module, structures: Sequence[ase.Atoms]) -> lis
     heads = model_heads(model)
     with default_dtype(torch.float64):
         return [
-            _build_graph(
-                model, atoms, atoms.info.get("head", heads[index % len(heads)]), numbers, r_max, heads
-            )
-            for index, atoms in enumerate(structures)
+            _build_graph(model, atoms, atoms.info.get("head", heads[0]), numbers, r_max, heads)
+            for atoms in structures
         ]
 
 

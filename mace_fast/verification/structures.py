@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ase
@@ -49,6 +49,23 @@ def default_structures(model: torch.nn.Module, *, seed: int | None = None) -> li
         atoms.info["head"] = heads[index % len(heads)]
         _add_embeddings(rng, atoms, embedding_specs(model), index)
     return structures
+
+
+def with_every_head(model: torch.nn.Module, structures: Sequence[ase.Atoms]) -> list[ase.Atoms]:
+    """Copies of the structures with a head each; those without one take turns, so that each head has one."""
+    copies = [atoms.copy() for atoms in structures]
+    free = [atoms for atoms in copies if "head" not in atoms.info]
+    taken = {atoms.info["head"] for atoms in copies if "head" in atoms.info}
+    missing = [head for head in model_heads(model) if head not in taken]
+    heads = missing or model_heads(model)
+    for index, atoms in enumerate(free):
+        atoms.info["head"] = heads[index % len(heads)]
+    if free:
+        smallest = min(free, key=len)
+        for head in missing[len(free) :]:
+            copies.append(smallest.copy())
+            copies[-1].info.update(head=head)
+    return copies
 
 
 def elements_and_cutoff(model: torch.nn.Module) -> tuple[NDArray[np.int64], float]:

@@ -111,9 +111,7 @@ class FastModule(torch.nn.Module, Generic[Plan]):
         return {
             name: value
             for name, value in self.__dict__.items()
-            if name not in _OWN
-            and name != _COMPILED_FORWARD
-            and (name not in theirs or theirs[name] is not value)
+            if name not in _OWN and name != _COMPILED_FORWARD and (name not in theirs or theirs[name] is not value)
         }
 
     def __getstate__(self) -> dict[str, Any]:

@@ -75,9 +75,7 @@ def read_gate(parent: torch.nn.Module, name: str, blocks: tuple[Block, ...]) -> 
         return Gate("mul_ir")
     require_class(name, module, GATED_BLOCK)
     if module._layout_is_ir_mul:
-        raise UnsupportedModuleError(
-            f"its {name} works in ir_mul order, as in a model converted to cuEquivariance"
-        )
+        raise UnsupportedModuleError(f"its {name} works in ir_mul order, as in a model converted to cuEquivariance")
     gated = tuple((mul, (dim - 1) // 2) for _, _, dim, mul, _ in module._gated_info)
     gate = Gate(
         layout="ir_mul",

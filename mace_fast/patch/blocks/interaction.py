@@ -90,9 +90,7 @@ class FastInteraction(FastModule[Any]):
     signature.
     """
 
-    indexes_message: ClassVar[bool] = (
-        False  # the species act on the message, and nothing is skipped around the block
-    )
+    indexes_message: ClassVar[bool] = False  # the species act on the message, and nothing is skipped around the block
     has_density: ClassVar[bool] = False
 
     linear_up: Any
@@ -133,18 +131,15 @@ class FastInteraction(FastModule[Any]):
             "node_feats": random_tensor(generator, nodes, self._plan.up.x_dim),
             "edge_attrs": random_tensor(generator, edges, self._plan.conv.y_dim),
             "edge_feats": random_tensor(generator, edges, self.edge_feats_irreps.dim),
-            "edge_index": torch.randint(
-                nodes - 1, (2, edges), generator=generator
-            ),  # the last node has no edges
+            "edge_index": torch.randint(nodes - 1, (2, edges), generator=generator),  # the last node has no edges
             "cutoff": random_tensor(generator, edges, 1),
         }
 
     def _topology(self, edge_index: torch.Tensor, node_feats: torch.Tensor, lammps_class: object) -> Topology:
         if lammps_class is not None:
             raise UnsupportedModuleError(
-                f"{type(self).__name__} was called with lammps_class: exchanging ghost atoms inside the "
-                "model is not supported; "
-                "use the original model (mace_fast.restore) in LAMMPS"
+                f"{type(self).__name__} was called with lammps_class: exchanging ghost atoms inside the model "
+                "is not supported; use the original model (mace_fast.restore) in LAMMPS"
             )
         return self._memo.topology(edge_index, node_feats.shape[0], fresh=self._leads)
 
@@ -164,9 +159,7 @@ class FastInteraction(FastModule[Any]):
         harmonics = edge_attrs if cutoff is None else edge_attrs * cutoff
         return channelwise_tp_conv(self._plan.conv, node_feats, harmonics, weights, topology.graph)
 
-    def _density(
-        self, edge_feats: torch.Tensor, cutoff: torch.Tensor | None, topology: Topology
-    ) -> torch.Tensor:
+    def _density(self, edge_feats: torch.Tensor, cutoff: torch.Tensor | None, topology: Topology) -> torch.Tensor:
         """The sum of tanh(f(r)^2) over the edges of each receiver, [N, 1]."""
         edge_density = torch.tanh(self._plan.density(self.density_fn, edge_feats) ** 2)
         return segment_sum(edge_density if cutoff is None else edge_density * cutoff, topology.receivers)
@@ -174,7 +167,7 @@ class FastInteraction(FastModule[Any]):
     def _by_species(self, x: torch.Tensor, node_attrs: torch.Tensor) -> torch.Tensor:
         """The species-indexed map ``skip_tp`` of x [N, ...]."""
         plan = self._plan
-        species = self._memo.species(node_attrs, fresh=self._leads)
+        species = self._memo.species(node_attrs)
         weight = arrange_indexed_weight(self.skip_tp.weight, plan.skip, plan.species)
         mixed = indexed_linear(x, weight, species.of_node, plan.skip, species.groups)
         return without_species_gradient(mixed, node_attrs)
@@ -261,9 +254,7 @@ class FastRealAgnosticDensityInteraction(FastInteraction):
         node_feats = linear(node_feats, self.linear_up.weight, plan.up)
         weights = plan.radial(self.conv_tp_weights, edge_feats)
         message = self._convolve(node_feats, edge_attrs, weights, cutoff, topology)
-        message = linear(message, self.linear.weight, plan.down) / (
-            self._density(edge_feats, cutoff, topology) + 1
-        )
+        message = linear(message, self.linear.weight, plan.down) / (self._density(edge_feats, cutoff, topology) + 1)
         return self._shaped(self._by_species(message, node_attrs)), None
 
 
@@ -293,9 +284,7 @@ class FastRealAgnosticDensityResidualInteraction(FastInteraction):
         node_feats = linear(node_feats, self.linear_up.weight, plan.up)
         weights = plan.radial(self.conv_tp_weights, edge_feats)
         message = self._convolve(node_feats, edge_attrs, weights, cutoff, topology)
-        message = linear(message, self.linear.weight, plan.down) / (
-            self._density(edge_feats, cutoff, topology) + 1
-        )
+        message = linear(message, self.linear.weight, plan.down) / (self._density(edge_feats, cutoff, topology) + 1)
         return self._shaped(message), skip
 
 
@@ -415,9 +404,7 @@ class FastRealAgnosticResidualNonLinearInteraction(FastInteraction):
         edge_density = torch.tanh(edge_density**2)
         density = segment_sum(edge_density if cutoff is None else edge_density * cutoff, topology.receivers)
         message = self._convolve(node_feats, edge_attrs, weights, cutoff, topology)
-        message = (
-            linear(message, self.linear_1.weight, plan.down) / (density * self.beta + self.alpha) + residual
-        )
+        message = linear(message, self.linear_1.weight, plan.down) / (density * self.beta + self.alpha) + residual
         message = plan.gate(self.equivariant_nonlin, message)
         return self._shaped(linear(message, self.linear_2.weight, plan.last)), skip
 
@@ -441,9 +428,7 @@ def _common(original: Any, last: str, layout: Any, message: str = "linear") -> d
     if len(multiplicities) != 1:
         raise UnsupportedModuleError(f"its output {out.irreps_out} has irreps of different multiplicities")
     if [(mul, ir.l) for mul, ir in reshape.irreps] != list(blocks):
-        raise UnsupportedModuleError(
-            f"its reshape is made for {reshape.irreps}, but its {last} gives {out.irreps_out}"
-        )
+        raise UnsupportedModuleError(f"its reshape is made for {reshape.irreps}, but its {last} gives {out.irreps_out}")
     up = read_linear(original, "linear_up", x_layout="mul_ir", z_layout=layout)
     return {
         "channels": multiplicities.pop(),
@@ -464,14 +449,8 @@ def _require_no_accelerator(original: torch.nn.Module) -> None:
         ("cueq_config", "cuEquivariance", "mace.cli.convert_cueq_e3nn.run"),
         ("oeq_config", "OpenEquivariance", "mace.cli.convert_oeq_e3nn.run"),
     ):
-        config = original.__dict__.get(
-            attribute
-        )  # absent in models pickled by mace-torch <= 0.3.8 and <= 0.3.13
+        config = original.__dict__.get(attribute)  # absent in models pickled by mace-torch <= 0.3.8 and <= 0.3.13
         if config is not None and config.enabled:
-            raise UnsupportedModuleError(
-                f"it was converted to {package}: convert it back first, with {remedy}"
-            )
+            raise UnsupportedModuleError(f"it was converted to {package}: convert it back first, with {remedy}")
     if original.__dict__.get("conv_fusion"):
-        raise UnsupportedModuleError(
-            "its conv_tp sums over edges itself (conv_fusion), as other accelerators make it"
-        )
+        raise UnsupportedModuleError("its conv_tp sums over edges itself (conv_fusion), as other accelerators make it")

@@ -41,9 +41,7 @@ class ProductPlan:
 
 
 class FastEquivariantProductBasis(FastModule[ProductPlan]):
-    """``EquivariantProductBasisBlock``; a message [N, channels, components] that is a view of ir_mul is taken
-    as it is.
-    """
+    """``EquivariantProductBasisBlock``; a message that is a transposed view of ir_mul is taken as it is."""
 
     symmetric_contractions: Any
     linear: Any
@@ -56,8 +54,7 @@ class FastEquivariantProductBasis(FastModule[ProductPlan]):
         config = block.__dict__.get("cueq_config")  # absent in models pickled by mace-torch <= 0.3.10
         if config is not None and config.enabled:
             raise UnsupportedModuleError(
-                "it was converted to cuEquivariance: convert it back first, with "
-                "mace.cli.convert_cueq_e3nn.run"
+                "it was converted to cuEquivariance: convert it back first, with mace.cli.convert_cueq_e3nn.run"
             )
         contractions: Any = submodule(block, "symmetric_contractions")
         require_class("symmetric_contractions", contractions, SYMMETRIC_CONTRACTION)
@@ -72,8 +69,7 @@ class FastEquivariantProductBasis(FastModule[ProductPlan]):
         if list(last.x) != [(channels, ir.l) for _, ir in contractions.irreps_out]:
             raise UnsupportedModuleError(
                 f"its linear takes {block.linear.irreps_in}, but its contraction gives {channels} channels "
-                "of "
-                f"{contractions.irreps_out}"
+                f"of {contractions.irreps_out}"
             )
         return ProductPlan(_describe(contractions), channels, species, agnostic, last)
 
@@ -97,9 +93,7 @@ class FastEquivariantProductBasis(FastModule[ProductPlan]):
             "node_attrs": random_one_hot(generator, nodes, plan.species),
         }
 
-    def forward(
-        self, node_feats: torch.Tensor, sc: torch.Tensor | None, node_attrs: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, node_feats: torch.Tensor, sc: torch.Tensor | None, node_attrs: torch.Tensor) -> torch.Tensor:
         """See MACE.
 
         Args:
@@ -114,7 +108,7 @@ class FastEquivariantProductBasis(FastModule[ProductPlan]):
         if plan.agnostic:
             species = torch.zeros(node_feats.shape[0], dtype=torch.int64, device=node_feats.device)
         else:
-            species = self._memo.species(node_attrs, fresh=False).of_node
+            species = self._memo.species(node_attrs).of_node
             node_feats = without_species_gradient(node_feats, node_attrs)
         weights = torch.cat(contraction_weights(self.symmetric_contractions), dim=1)
         x = node_feats.transpose(1, 2)
@@ -134,8 +128,7 @@ def u_matrices(contractions: Any) -> list[list[torch.Tensor]]:
 
 
 def as_stored(matrix: torch.Tensor) -> np.ndarray[Any, np.dtype[Any]]:
-    """A constant table in the precision in which it was made, whatever dtype its model has been moved to
-    since.
+    """A constant table in the precision in which it was made, whatever its model has been cast to since.
 
     A float64 table whose every entry is a float32 number was rounded to float32 once; descriptions remove
     that rounding.

@@ -66,9 +66,7 @@ def read_fully_connected(parent: torch.nn.Module, name: str) -> FullyConnectedNe
     """
     network = submodule(parent, name)
     require_class(name, network, FULLY_CONNECTED_NET)
-    return FullyConnectedNet(
-        tuple(_read_layer(f"{name}.{key}", layer) for key, layer in network._modules.items())
-    )
+    return FullyConnectedNet(tuple(_read_layer(f"{name}.{key}", layer) for key, layer in network._modules.items()))
 
 
 def _read_layer(name: str, layer: Any) -> Layer:
@@ -81,8 +79,7 @@ def _read_layer(name: str, layer: Any) -> Layer:
 
 
 def require_radial_mlp(parent: torch.nn.Module, name: str) -> None:
-    """``parent.name`` is MACE's ``RadialMLP``: linear with bias, layer norm, SiLU, and again, ending in a
-    linear.
+    """``parent.name`` is MACE's ``RadialMLP``: linear, layer norm, SiLU, and so on, ending in a linear.
 
     Raises:
         UnsupportedModuleError: it is something else.
@@ -103,10 +100,9 @@ def radial_mlps(
     senders: Segments,
     receivers: Segments,
 ) -> list[torch.Tensor]:
-    """Several ``RadialMLP`` on the concatenation [edge_feats, sender_feats[sender], receiver_feats[receiver]]
-    of each edge.
+    """Several ``RadialMLP``, each on [edge_feats, sender_feats[sender], receiver_feats[receiver]].
 
-    The concatenation, 10 + 2 * 512 wide in public models, is never made: the first layers are linear, so
+    This concatenation, 10 + 2 * 512 wide in public models, is never made: the first layers are linear, so
     their node parts are computed for nodes and gathered as 64 numbers per network.
 
     Args:

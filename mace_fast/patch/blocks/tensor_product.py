@@ -86,17 +86,12 @@ class FastTensorProduct(FastModule[ChannelwiseTensorProduct]):
         if not isinstance(weight, torch.Tensor):
             sizes = [math.prod(ins.path_shape) for ins in self.instructions if ins.has_weight]
             lead = () if self.shared_weights else (-1,)
-            weight = torch.cat(
-                [part.reshape(*lead, size) for part, size in zip(weight, sizes, strict=True)], dim=-1
-            )
+            weight = torch.cat([part.reshape(*lead, size) for part, size in zip(weight, sizes, strict=True)], dim=-1)
         if self.shared_weights and weight.shape != (self.weight_numel,):
-            raise ValueError(
-                f"weight has shape {tuple(weight.shape)}; shared weights are [{self.weight_numel}]"
-            )
+            raise ValueError(f"weight has shape {tuple(weight.shape)}; shared weights are [{self.weight_numel}]")
         if not self.shared_weights and weight.dim() < 2:
             raise ValueError(
-                f"weight has shape {tuple(weight.shape)}; it must be [..., {self.weight_numel}], one set a "
-                "sample"
+                f"weight has shape {tuple(weight.shape)}; it must be [..., {self.weight_numel}], one set a sample"
             )
         return weight
 
@@ -139,6 +134,4 @@ def _transposed(rows: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> torch.
     if all(1 in shape for shape in shapes):
         return rows
     parts = rows.split([a * b for a, b in shapes], dim=1)
-    return torch.cat(
-        [p.unflatten(1, s).transpose(1, 2).flatten(1) for p, s in zip(parts, shapes, strict=True)], dim=1
-    )
+    return torch.cat([p.unflatten(1, s).transpose(1, 2).flatten(1) for p, s in zip(parts, shapes, strict=True)], dim=1)

@@ -41,10 +41,14 @@ class _Entry(Generic[Value]):
         return self.source() is tensor and self.fingerprint == _fingerprint(tensor, arguments)
 
 
+def _is_rememberable(tensor: torch.Tensor) -> bool:
+    """Not while torch traces, when tensors are stand-ins (of a subclass) for those of later calls."""
+    return type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
+
+
 def _fingerprint(tensor: torch.Tensor, arguments: tuple[int, ...]) -> tuple[object, ...]:
-    # Inference tensors have no version counter. They can be written to, but only outside of any forward that
-    # we time; the leading block makes a new value at every call, so a stale one cannot outlive a forward in a
-    # model.
+    # Inference tensors have no version counter: for them it is only the first block of each forward, which
+    # makes everything anew, that keeps stale values away.
     version = None if tensor.is_inference() else tensor._version
     return (version, tensor.data_ptr(), tuple(tensor.shape), tensor.device, *arguments)
 
@@ -55,8 +59,8 @@ class TopologyMemo:
     An entry serves only the very tensor object that it was made from, unwritten since. The block that runs
     first in the model (``fresh=True``) always makes a new one, so that nothing outlives a forward, not even
     under writes that torch does not count (through NumPy, say). Entries are immutable and replaced in one
-    assignment: threads may share a model. Copies and pickles are empty. While torch.compile traces, nothing
-        is remembered.
+    assignment, so that threads may share a model. Copies and pickles are empty. While torch traces, nothing
+    is remembered.
     """
 
     def __init__(self) -> None:
@@ -68,9 +72,14 @@ class TopologyMemo:
         return TopologyMemo, ()
 
     def topology(self, edge_index: torch.Tensor, num_nodes: int, *, fresh: bool) -> Topology:
-        """The edges of ``edge_index`` [2, E] (senders, receivers), sorted for the kernels."""
-        if torch.compiler.is_compiling():
+        """The edges of ``edge_index`` [2, E] (senders, receivers), sorted for the kernels.
+
+        ``fresh``: this is the first block of a forward; what is remembered of the last one is forgotten.
+        """
+        if not _is_rememberable(edge_index):
             return _sorted_edges(edge_index, num_nodes)
+        if fresh:
+            self._species = None
         entry = self._graph
         if fresh or entry is None or not entry.serves(edge_index, num_nodes):
             topology = _sorted_edges(edge_index, num_nodes)
@@ -78,17 +87,17 @@ class TopologyMemo:
             self._graph = entry
         return entry.value
 
-    def species(self, node_attrs: torch.Tensor, *, fresh: bool) -> Species:
+    def species(self, node_attrs: torch.Tensor) -> Species:
         """The species of each node from its one-hot ``node_attrs`` [N, Z].
 
         Raises:
             ValueError: a row is not one-hot. On CUDA, where looking stops the device, only the first call
                 of a memo looks.
         """
-        if torch.compiler.is_compiling():
+        if not _is_rememberable(node_attrs):
             return _grouped_species(node_attrs)
         entry = self._species
-        if fresh or entry is None or not entry.serves(node_attrs):
+        if entry is None or not entry.serves(node_attrs):
             species = _grouped_species(node_attrs)
             self._check_one_hot(node_attrs, species.of_node)
             entry = _Entry(weakref.ref(node_attrs), _fingerprint(node_attrs, ()), species)

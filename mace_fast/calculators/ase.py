@@ -1,0 +1,466 @@
+"""The ASE calculator: what mace.calculators.MACECalculator gives for energy models, through converted
+models.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+from mace.modules import MACE
+from mace.modules.utils import extract_invariant
+
+from mace_fast.calculators.graph import GraphBuilder, find_edges
+from mace_fast.errors import StructureError, UnsupportedModuleError
+from mace_fast.inference import FrozenMACE, verify_frozen
+from mace_fast.loading import (
+    load_model,
+    model_dtype,
+    public_models,
+    require_energy_model,
+    resolve_device,
+    resolve_dtype,
+)
+from mace_fast.patch.api import convert, patch
+
+logger = logging.getLogger(__name__)
+
+# What must be evaluated for each property that ASE asks for; the energy comes with everything.
+_FORCES = frozenset({"forces", "forces_comm"})
+_STRESS = frozenset({"stress", "stress_var"})
+_ATOMIC_STRESSES = frozenset({"stresses", "virials"})
+
+_OTHER_MODEL_TYPES = frozenset({"DipoleMACE", "EnergyDipoleMACE", "DipolePolarizabilityMACE", "PolarMACE"})
+# Keywords of ASE's Calculator, which every calculator takes.
+_ASE_KEYWORDS = frozenset({"restart", "ignore_bad_restart_file", "label", "atoms", "directory"})
+
+
+class MACEFastCalculator(Calculator):
+    """Drop-in for :class:`mace.calculators.MACECalculator` with energy models, on the CPU and on NVIDIA GPUs.
+
+    The arguments, results and units are MACECalculator's. It differs where that one surprises:
+
+    - Results are computed when they are asked for: forces bring the energy but no stress. What was asked
+      for at the last configuration is computed in one go at the next, so an NPT run pays once a step.
+    - Results are float64 arrays whatever the model's dtype; the energy is summed over atoms in float64.
+    - An unknown head is an error and not the last head; an element that the model does not know, a position
+      that is not a number and a result that is not finite are errors that say so.
+    - The given modules, torch's default dtype and ASE's Calculator class are left as they are.
+
+    Args:
+        model_paths: a path, a glob such as ``"run-*.model"`` or a list of paths (several make a committee),
+            or a public model's name such as ``"medium-mpa-0"``.
+        models: modules in place of files.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+        energy_units_to_eV, length_units_to_A: factors from the model's units.
+        default_dtype: ``"float32"`` or ``"float64"``; empty keeps the model's.
+        charges_key: the array in which atomic charges are stored.
+        info_keys, arrays_keys: where in ``atoms.info`` and ``atoms.arrays`` a model's further inputs are
+            found, as ``{"total_spin": "spin", "total_charge": "charge"}``.
+        model_type: ``"MACE"``; the others have no energy alone and are refused.
+        compile_mode, fullgraph, enable_cueq, enable_oeq, pad_num_atoms, pad_num_edges, warmup: settings of
+            other
+            accelerators, which mace_fast replaces: a warning says that they have no effect.
+        verify: prove on construction that the converted model computes what the original computes. It evaluates
+            both on several small structures in float64 and in the working dtype: seconds on a CPU, for each
+            calculator. False trusts an earlier proof.
+        frozen: evaluate energies, forces and stresses by the frozen program (:func:`mace_fast.freeze`), several times
+            faster than the converted model; it is verified as well, and its tables are made at the first evaluation of
+            each set of elements. A model that has no frozen form is evaluated in its converted form, with a warning.
+            Descriptors and Hessians always are.
+        head: name of the model's head; needed where there are several and none is called default.
+        compute_atomic_stresses: offer ``stresses`` and ``virials`` per atom.
+        **kwargs: ASE's own keywords (``label``, ``directory``, ...).
+
+    Attributes:
+        models: the converted models.
+        r_max: cutoff in A.
+        available_heads, head: the names of the model's heads, and the one in use.
+
+    Raises:
+        ModelFileError: a file is not a model, a name cannot be downloaded.
+        UnsupportedModuleError: the model has a part that mace_fast does not understand.
+        VerificationError: a converted model differs from its original.
+        MissingToolError: no GPU for ``device="cuda"``, no compiler.
+        ValueError: contradictory or unknown arguments.
+    """
+
+    def __init__(
+        self,
+        model_paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+        models: torch.nn.Module | Sequence[torch.nn.Module] | None = None,
+        device: str | torch.device = "cpu",
+        energy_units_to_eV: float = 1.0,
+        length_units_to_A: float = 1.0,
+        default_dtype: str | torch.dtype = "",
+        charges_key: str = "Qs",
+        info_keys: Mapping[str, str] | None = None,
+        arrays_keys: Mapping[str, str] | None = None,
+        model_type: str = "MACE",
+        compile_mode: str | None = None,
+        fullgraph: bool = True,
+        enable_cueq: bool = False,
+        enable_oeq: bool = False,
+        pad_num_atoms: int = 0,
+        pad_num_edges: int = 0,
+        warmup: bool = False,
+        *,
+        verify: bool = True,
+        frozen: bool = True,
+        head: str | None = None,
+        compute_atomic_stresses: bool = False,
+        model_path: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        unknown = set(kwargs) - _ASE_KEYWORDS
+        if unknown:
+            raise TypeError(f"MACEFastCalculator got unknown arguments: {', '.join(sorted(unknown))}")
+        super().__init__(**kwargs)
+        if model_type in _OTHER_MODEL_TYPES:
+            raise ValueError(
+                f"model_type={model_type!r}: mace_fast evaluates energy models only; "
+                "use mace.calculators.MACECalculator"
+            )
+        if model_type != "MACE":
+            raise ValueError(f"model_type={model_type!r} is none of mace-torch's; use 'MACE'")
+        _warn_of_other_accelerators(
+            compile_mode=compile_mode,
+            enable_cueq=enable_cueq,
+            enable_oeq=enable_oeq,
+            pad_num_atoms=pad_num_atoms,
+            pad_num_edges=pad_num_edges,
+            warmup=warmup,
+        )
+        if model_path is not None:
+            if model_paths is not None:
+                raise ValueError("both 'model_path' (deprecated) and 'model_paths' are given; give 'model_paths'")
+            warnings.warn("'model_path' is deprecated, use 'model_paths'", FutureWarning, stacklevel=2)
+            model_paths = model_path
+        if (model_paths is None) == (models is None):
+            raise ValueError("give exactly one of 'model_paths' and 'models'")
+
+        self.device = resolve_device(device)
+        self.models: list[MACE] = _converted_models(
+            model_paths, models, self.device, resolve_dtype(default_dtype), verify
+        )
+        self.num_models = len(self.models)
+        self._programs = [_frozen_program(model, verify) if frozen else model for model in self.models]
+        self.model_type = model_type
+        self.energy_units_to_eV = energy_units_to_eV
+        self.length_units_to_A = length_units_to_A
+        self.compute_atomic_stresses = compute_atomic_stresses
+        self.charges_key = charges_key
+        default_info_keys = {
+            "total_spin": "spin",
+            "total_charge": "charge",
+            "external_field": "external_field",
+        }
+        self.info_keys = dict(default_info_keys if info_keys is None else info_keys)
+        self.arrays_keys = {**(arrays_keys or {}), charges_key: "charges"}
+
+        first = self.models[0]
+        self.default_dtype = str(model_dtype(first)).removeprefix("torch.")
+        self.r_max = float(first.r_max)
+        self.available_heads: list[str] = list(first.heads)
+        self.head = _choose_head(head, self.available_heads)
+        self._build_graph = GraphBuilder(
+            atomic_numbers=[int(z) for z in first.atomic_numbers],
+            cutoff=self.r_max,
+            device=self.device,
+            dtype=model_dtype(first),
+            head=self.available_heads.index(self.head),
+            # mace-torch sets the attribute only on models that take more than atoms.
+            feature_specs=getattr(first, "embedding_specs", None) or {},
+            info_keys=self.info_keys,
+            arrays_keys=self.arrays_keys,
+        )
+        _require_one_committee(self.models)
+        self.implemented_properties = ["energy", "energies", "free_energy", "node_energy", "forces", "stress"]
+        if compute_atomic_stresses:
+            self.implemented_properties += ["stresses", "virials"]
+        if self.num_models > 1:
+            self.implemented_properties += ["energy_comm", "energy_var", "forces_comm", "stress_var"]
+        self.results: dict[str, Any] = {}
+        self._asked: frozenset[str] = frozenset()
+        self._asked_before: frozenset[str] = frozenset()
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What changed since the last results; changed model inputs in ``atoms.info`` or ``atoms.arrays``
+        count.
+        """
+        changes: list[str] = super().check_state(atoms, tol=tol)
+        if not changes and self.atoms is not None:
+            for name, spec in self._build_graph.feature_specs.items():
+                per_atom = spec["per"] == "atom"
+                key = (self.arrays_keys if per_atom else self.info_keys).get(name, name)
+                old, new = (getattr(a, "arrays" if per_atom else "info").get(key) for a in (self.atoms, atoms))
+                if not np.array_equal(np.asarray(old, dtype=object), np.asarray(new, dtype=object)):
+                    changes.append("info")
+        return changes
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Iterable[str] | None = None,
+        system_changes: list[str] = all_changes,
+    ) -> None:
+        """Fill :attr:`results`; ASE calls this when a property is asked for. ``properties=None`` means all
+        of them.
+
+        Raises:
+            StructureError: see :class:`GraphBuilder`; also a result that is not finite.
+        """
+        super().calculate(atoms)
+        asked = frozenset(self.implemented_properties if properties is None else properties)
+        if system_changes:
+            self.results = {}
+            self._asked_before, self._asked = self._asked, frozenset()
+        self._asked |= asked
+        wanted = self._asked | self._asked_before
+        atomic_stresses = self.compute_atomic_stresses and bool(wanted & _ATOMIC_STRESSES)
+        stress = bool(wanted & _STRESS)
+        outputs = self._evaluate(
+            forces=stress or atomic_stresses or bool(wanted & _FORCES),
+            stress=stress,
+            atomic_stresses=atomic_stresses,
+        )
+        self.results = self.results | self._results(outputs)
+
+    def get_hessian(self, atoms: Atoms | None = None) -> np.ndarray | list[np.ndarray]:
+        """Second derivatives of the energy, [3N, N, 3] in the model's units; a list of them for a
+        committee.
+        """
+        graph = self._build_graph(self._atoms(atoms))
+        hessians = []
+        for model in self.models:
+            data = _fresh(graph)
+            positions = data["positions"]
+            with torch.enable_grad():
+                forces = model(data, training=True, compute_force=True)["forces"]
+            rows = [
+                torch.autograd.grad(-component, positions, retain_graph=True)[0].cpu().numpy()
+                for component in forces.reshape(-1)
+            ]
+            hessians.append(np.stack(rows))
+        return hessians[0] if self.num_models == 1 else hessians
+
+    def get_descriptors(
+        self, atoms: Atoms | None = None, invariants_only: bool = True, num_layers: int = -1
+    ) -> np.ndarray | list[np.ndarray]:
+        """The node features that the model computes, [N, features]; a list of them for a committee.
+
+        Args:
+            invariants_only: keep the scalars of each layer.
+            num_layers: how many layers, from the first; -1 for all.
+        """
+        graph = self._build_graph(self._atoms(atoms))
+        with torch.no_grad():
+            descriptors = [model(_fresh(graph), compute_force=False)["node_feats"] for model in self.models]
+        # The columns follow MACECalculator.get_descriptors: every layer as wide as the first, the last one
+        # its scalars.
+        num_interactions = int(self.models[0].num_interactions)
+        layers = num_interactions if num_layers == -1 else num_layers
+        irreps = self.models[0].products[0].linear.irreps_out
+        scalars = irreps.dim // (irreps.lmax + 1) ** 2
+        widths = [irreps.dim] * (num_interactions - 1) + [scalars]
+        if invariants_only:
+            descriptors = [
+                extract_invariant(d, num_layers=layers, num_features=scalars, l_max=irreps.lmax) for d in descriptors
+            ]
+        arrays = [d[:, : sum(widths[:layers])].cpu().numpy() for d in descriptors]
+        return arrays[0] if self.num_models == 1 else arrays
+
+    def _atoms(self, atoms: Atoms | None) -> Atoms:
+        if atoms is None and self.atoms is None:
+            raise ValueError("no atoms are given, and none were calculated before")
+        return self.atoms if atoms is None else atoms
+
+    def _evaluate(self, *, forces: bool, stress: bool, atomic_stresses: bool) -> dict[str, np.ndarray]:
+        """What the models give for the current atoms, float64, first axis the model, in the models' units."""
+        graph = self._build_graph(self.atoms)
+        names = ["node_energy"]
+        names += ["forces"] if forces else []
+        names += ["stress"] if stress else []
+        names += ["atomic_stresses", "atomic_virials"] if atomic_stresses else []
+        collected: dict[str, list[np.ndarray]] = {name: [] for name in ("energy", *names)}
+        for program in self._programs:
+            with torch.set_grad_enabled(forces):
+                out = program(
+                    _fresh(graph),
+                    compute_force=forces,
+                    compute_stress=stress,
+                    compute_edge_forces=atomic_stresses,
+                    compute_atomic_stresses=atomic_stresses,
+                )
+            for name in names:
+                values = out[name].detach().cpu().numpy().astype(np.float64)
+                collected[name].append(values[0] if name == "stress" else values)  # the only structure of the batch
+            collected["energy"].append(_total_energy(program, out, collected["node_energy"][-1]))
+        outputs = {name: np.stack(values) for name, values in collected.items()}
+        self._require_finite(outputs)
+        return outputs
+
+    def _results(self, outputs: dict[str, np.ndarray]) -> dict[str, Any]:
+        energy_unit, length_unit = self.energy_units_to_eV, self.length_units_to_A
+        units = {
+            "energy": ("energy", energy_unit),
+            "node_energy": ("energies", energy_unit),
+            "forces": ("forces", energy_unit / length_unit),
+            "stress": ("stress", energy_unit / length_unit**3),
+            "atomic_stresses": ("stresses", energy_unit / length_unit**3),
+            "atomic_virials": ("virials", energy_unit / length_unit**3),
+        }
+        results: dict[str, Any] = {}
+        for output, (name, unit) in units.items():
+            if output not in outputs:
+                continue
+            values = outputs[output] * unit
+            results[name] = values.mean(axis=0)
+            if self.num_models > 1 and name in ("energy", "forces", "stress"):
+                results[f"{name}_comm"] = values
+                results[f"{name}_var"] = values.var(axis=0)
+        for name in ("energy", "energy_var"):
+            if name in results:
+                results[name] = float(results[name])
+        results["free_energy"] = results["energy"]
+        results["node_energy"] = results["energies"] - self._isolated_energies() * energy_unit
+        for name in ("stress", "stresses"):
+            if name in results:
+                results[name] = full_3x3_to_voigt_6_stress(results[name])
+        return results
+
+    def _isolated_energies(self) -> np.ndarray:
+        """[N] the first model's energies of the isolated atoms, which ``node_energy`` leaves out."""
+        index = self._build_graph.species_index(self.atoms.numbers)
+        table = self.models[0].atomic_energies_fn.atomic_energies.detach().cpu().double().numpy()
+        return np.atleast_2d(table)[self._build_graph.head, index]
+
+    def _require_finite(self, outputs: dict[str, np.ndarray]) -> None:
+        for name, values in outputs.items():
+            if np.isfinite(values).all():
+                continue
+            message = f"the model's {name} is not finite for this structure"
+            raise StructureError(message + _too_close(self.atoms))
+
+
+def _fresh(graph: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy that a model may write into, as MACE's forward does; positions are a leaf of their own."""
+    return {**graph, "positions": graph["positions"].detach().clone()}
+
+
+def _total_energy(model: MACE, out: Mapping[str, torch.Tensor], node_energy: np.ndarray) -> np.ndarray:
+    """The energy as a float64 sum over atoms: a float32 total of many atoms has too few digits for dynamics.
+
+    Models whose total holds more than their atoms' energies (an embedding's readout) keep their own sum.
+    """
+    if "embedding_readout" in model._modules:
+        return out["energy"].detach().cpu().numpy().astype(np.float64)[0]
+    return np.sum(node_energy)
+
+
+def _too_close(atoms: Atoms, limit: float = 0.7) -> str:
+    """The most common reason for a result that is not finite, if it holds: two atoms nearer than ``limit``
+    (A).
+    """
+    edges = find_edges(atoms.positions, np.array(atoms.cell), np.array(atoms.pbc), limit)
+    sender, receiver = edges.index
+    vectors = atoms.positions[receiver] - atoms.positions[sender] + edges.shifts @ np.array(atoms.cell)
+    lengths = np.linalg.norm(vectors, axis=1)
+    if not len(lengths):
+        return ""
+    pair = int(np.argmin(lengths))
+    return f"; atoms {sender[pair]} and {receiver[pair]} are {lengths[pair]:.3g} A apart"
+
+
+def _warn_of_other_accelerators(**settings: Any) -> None:
+    given = [name for name, value in settings.items() if value]
+    if given:
+        warnings.warn(
+            f"{', '.join(given)}: no effect, mace_fast's own kernels are used",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _choose_head(head: str | None, available: list[str]) -> str:
+    if head is None:
+        defaults = available if len(available) == 1 else [name for name in available if name.lower() == "default"]
+        if not defaults:
+            raise ValueError(f"the model has several heads and none is called default: give head= one of {available}")
+        return defaults[0]
+    if head not in available:
+        raise ValueError(f"head={head!r}: the model's heads are {available}")
+    return head
+
+
+def _expand_paths(model_paths: Any) -> list[str | os.PathLike[str]]:
+    if isinstance(model_paths, str):
+        if model_paths in public_models() or Path(model_paths).exists():
+            return [model_paths]
+        matches: list[str | os.PathLike[str]] = [*sorted(glob(model_paths))]
+        return matches or [model_paths]  # loading says what is wrong with a path that matches nothing
+    if isinstance(model_paths, os.PathLike):
+        return [model_paths]
+    return list(model_paths)
+
+
+def _converted_models(
+    model_paths: Any, models: Any, device: torch.device, dtype: torch.dtype | None, verify: bool
+) -> list[MACE]:
+    if models is not None:
+        given = [models] if isinstance(models, torch.nn.Module) else list(models)
+        given = [model.converted if isinstance(model, FrozenMACE) else model for model in given]
+        converted = [
+            convert(require_energy_model(load_model(model)), verify=verify, dtype=dtype, device=device)
+            for model in given
+        ]
+    else:
+        paths = _expand_paths(model_paths)
+        loaded = [require_energy_model(load_model(path, device, dtype)) for path in paths]
+        converted = [patch(model, verify=verify) for model in loaded]  # nobody else has these: no copy needed
+    if not converted:
+        raise ValueError("no model is given")
+    for model in converted:
+        model.requires_grad_(False)
+    return converted
+
+
+def _frozen_program(model: MACE, verify: bool) -> torch.nn.Module:
+    """The program of a converted model; the model itself, with a warning, where it has none."""
+    try:
+        program = FrozenMACE(model)
+        if verify:
+            verify_frozen(model, program).raise_if_failed()
+    except UnsupportedModuleError as exc:
+        warnings.warn(
+            f"slower than it could be: the model has no frozen form, and its converted form is evaluated ({exc}). "
+            "frozen=False asks for that",
+            UserWarning,
+            stacklevel=3,
+        )
+        return model
+    return program
+
+
+def _require_one_committee(models: Sequence[MACE]) -> None:
+    """A committee shares one graph, so its members must agree on what goes into it."""
+    for name in ("r_max", "atomic_numbers"):
+        values = [getattr(model, name).tolist() for model in models]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"the models of a committee must have the same {name}, and have {values}")
+    for name, values in (
+        ("heads", [list(model.heads) for model in models]),
+        ("dtype", [model_dtype(model) for model in models]),
+    ):
+        if any(value != values[0] for value in values):
+            raise ValueError(f"the models of a committee must have the same {name}, and have {values}")

@@ -1,0 +1,1 @@
+"""Parts of scripts/train_checkpoint.py: structures, training, evaluation, dynamics, publication."""

@@ -1,0 +1,284 @@
+"""The command line: what it prints where, what it writes, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+
+import mace_fast.cli.models as models_module
+from mace_fast import zoo
+from mace_fast.cli import main
+from mace_fast.loading import load_model, model_dtype
+from mace_fast.patch.api import convert
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its converted form, one with a weight that is off, and a structure."""
+    path = tmp_path_factory.mktemp("cli")
+    model = zoo.build(zoo.small_variants()["base"], seed=1)
+    torch.save(model, path / "my.model")
+    fast = convert(model, verify=False)
+    torch.save(fast, path / "fast.model")
+    with torch.no_grad():
+        fast.interactions[0].conv_tp_weights.layer0.weight.mul_(1.001)
+    torch.save(fast, path / "broken.model")
+    (path / "text.model").write_text("not a model")
+    ase.io.write(path / "water.xyz", zoo.edge_case_structures([1, 6, 8], cutoff=4.5)["triclinic cell"])
+    ase.io.write(path / "iron.xyz", ase.Atoms("Fe2", positions=[[0, 0, 0], [0, 0, 2]]))
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of one command."""
+    capsys.readouterr()
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as exc:
+        status = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+    else:
+        status = 0
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    """The results of a command that must succeed; anything but one JSON object on standard output fails."""
+    status, out, err = run(capsys, *arguments, "--json")
+    assert status == 0, err
+    result: dict[str, Any] = json.loads(out)
+    return result
+
+
+@pytest.mark.parametrize("command", ["convert", "verify", "info", "bench", "md"])
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, command, "--help")
+    assert status == 0
+    assert f"Example: mace-fast {command}" in out
+    assert "--json" in out
+
+
+def test_as_a_program(folder: Path) -> None:
+    """One run through a fresh interpreter: nothing but JSON on standard output, whatever imports print."""
+    command = [sys.executable, "-m", "mace_fast.cli"]
+    done = subprocess.run(
+        [*command, "info", str(folder / "my.model"), "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["elements"] == ["H", "C", "O"]
+
+
+def test_info(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = run_json(capsys, "info", folder / "my.model")
+    assert facts["elements"] == ["H", "C", "O"]
+    assert facts["r_max"] == 4.5
+    assert facts["heads"] == ["Default"]
+    assert facts["dtype"] == "float64"
+    assert facts["correlation"] == [2, 2]
+    replaced = [module["name"] for module in facts["modules"] if module["status"] == "replace"]
+    assert {"interactions.0", "products.0", "interactions.1", "products.1"} <= set(replaced)
+    status, out, _ = run(capsys, "info", folder / "my.model")
+    assert status == 0 and "H C O" in out and "interactions.1" in out
+
+
+@pytest.mark.parametrize("variant", ["nonlinear_foundation", "embeddings", "layers1", "mace", "correlation1"])
+def test_info_of_every_kind(variant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(zoo.build(zoo.small_variants()[variant]), tmp_path / "a.model")
+    assert run_json(capsys, "info", tmp_path / "a.model")["modules"]
+    assert run_json(capsys, "info", tmp_path / "a.model")["class"] in ("MACE", "ScaleShiftMACE")
+
+
+def test_convert_verifies_and_writes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "fast.model"
+    result = run_json(capsys, "convert", folder / "my.model", "-o", output)
+    assert result["verified"] and result["report"]["passed"]
+    atoms = ase.io.read(folder / "water.xyz")
+    original, fast = load_model(folder / "my.model"), load_model(output)
+    graph = zoo.graph(atoms, original)
+    assert float(fast(zoo.copy_graph(graph))["energy"]) == pytest.approx(float(original(graph)["energy"]), rel=1e-12)
+
+
+def test_convert_to_float32(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "fast.model"
+    status, out, _ = run(capsys, "convert", folder / "my.model", "-o", output, "--dtype", "float32", "--no-verify")
+    assert status == 0 and "not verified" in out and str(output) in out.replace("\n", "")
+    assert model_dtype(load_model(output)) == torch.float32
+
+
+def test_convert_does_not_overwrite(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "mine.model"
+    output.write_bytes(b"precious")
+    arguments = ("convert", folder / "my.model", "-o", output, "--no-verify")
+    status, _, err = run(capsys, *arguments)
+    assert status == 1 and "--force" in err and output.read_bytes() == b"precious"
+    assert run(capsys, *arguments, "--force")[0] == 0
+    assert load_model(output) is not None
+
+
+def test_convert_leaves_nothing_when_writing_fails(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(model: object, path: Path) -> None:
+        path.write_bytes(b"half a model")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(models_module.torch, "save", fail)
+    arguments = ("convert", folder / "my.model", "-o", tmp_path / "fast.model", "--no-verify")
+    status, _, err = run(capsys, *arguments)
+    assert status == 1 and "error: No space left" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_writes_nothing_that_is_not_equal(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = load_model(folder / "broken.model")
+    monkeypatch.setattr(models_module, "convert_model", lambda model, verify: broken)
+    status, out, err = run(capsys, "convert", folder / "my.model", "-o", tmp_path / "fast.model", "--json")
+    assert status == 1 and out == "" and "error:" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("verify", folder / "my.model", folder / "fast.model", "-s", folder / "water.xyz")
+    report = run_json(capsys, *arguments)
+    assert report["passed"] and [s["num_atoms"] for s in report["structures"]] == [8]
+
+
+def test_verify_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("verify", folder / "my.model", folder / "broken.model", "-s", folder / "water.xyz")
+    status, out, err = run(capsys, *arguments, "--json")
+    assert status == 1 and "does not compute" in err
+    assert json.loads(out)["passed"] is False
+    status, out, _ = run(capsys, *arguments)
+    assert status == 1 and "FAILED" in out
+
+
+def test_bench(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("bench", folder / "my.model", "-n", "8", "--steps", "2", "--no-verify")
+    result = run_json(capsys, *arguments)
+    (row,) = result["results"]
+    assert row["atoms"] == 8 and row["mace_fast_ms"] > 0 and row["mace_torch_ms"] > 0
+    assert row["largest_force_difference"] < 1e-8 * max(row["largest_force"], 1)
+    structured = run_json(capsys, "bench", folder / "my.model", "-s", folder / "water.xyz", "--steps", "1")
+    assert structured["results"][0]["atoms"] == 8
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0 and "mace-torch" in out
+
+
+def test_md(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (
+        "md",
+        folder / "water.xyz",
+        "--model",
+        folder / "my.model",
+        "--steps",
+        7,
+        "--log-interval",
+        3,
+    )
+    arguments = (*arguments, "-o", tmp_path / "out", "--timestep", 0.1, "--no-verify", "--dtype", "float32")
+    result = run_json(capsys, *arguments, "--temperature", 50)
+    assert result["steps"] == 7 and result["atoms"] == 8 and result["interrupted"] is False
+    names = sorted(entry.name for entry in (tmp_path / "out").iterdir())
+    assert names == ["log.csv", "picture.png", "trajectory.extxyz"]
+    frames = ase.io.read(tmp_path / "out/trajectory.extxyz", index=":")
+    assert [frame.info["step"] for frame in frames] == [0, 3, 6, 7]
+    status, _, err = run(capsys, *arguments)
+    assert status == 1 and "holds an earlier run" in err
+    status, out, err = run(capsys, *arguments, "--force", "--ensemble", "nve", "--repeat", 2)
+    assert status == 0 and "64" in out and "meV/atom/ps" in out
+
+
+def test_md_stops_cleanly(folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the middle of a long run: exit status 130, every frame whole, the summary still printed."""
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "mace_fast.cli", "md", folder / "water.xyz", "-m", folder / "my.model"]
+    options = ["--steps", "1000000", "--timestep", "0.05", "--no-verify", "--json", "-o", output]
+    process = subprocess.Popen(
+        [str(part) for part in (*command, *options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 300
+    log = output / "log.csv"
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    result = json.loads(out)
+    assert result["interrupted"] is True
+    frames = ase.io.read(output / "trajectory.extxyz", index=":")
+    assert frames[-1].info["step"] == result["steps"]
+    assert np.isfinite([frame.get_potential_energy() for frame in frames]).all()
+    assert (output / "picture.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("info", "{}/text.model"), "a text file"),
+        (("info", "{}/nowhere.model"), "no such file"),
+        (("convert", "{}/nowhere.model", "-o", "{}/out.model"), "no such file"),
+        (("convert", "{}/my.model", "-o", "{}/no/folder/out.model"), "there is no directory"),
+        (("convert", "{}/my.model", "-o", "{}"), "is a directory"),
+        (("md", "{}/nowhere.cif", "-m", "{}/my.model"), "no such structure file"),
+        (("md", "{}/text.model", "-m", "{}/my.model"), "ASE cannot read it"),
+        (("md", "{}/iron.xyz", "-m", "{}/my.model", "--no-verify", "-o", "{}/iron"), "does not know Fe"),
+        (("verify", "{}/text.model"), "a text file"),
+    ],
+)
+def test_errors_are_one_line_and_status_1(
+    arguments: tuple[str, ...], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(folder.iterdir())
+    status, out, err = run(capsys, *(argument.format(folder) for argument in arguments))
+    assert status == 1 and out == ""
+    assert said in err and "error:" in err and "Traceback" not in err
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("nonsense",), ("info",), ("md", "x.cif"), ("md", "x.cif", "-m", "y", "--steps", "0"), ("convert", "a")],
+)
+def test_wrong_usage_is_status_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, *arguments)[0] == 2
+
+
+@pytest.mark.parametrize("options", [("--head", "surface"), ("--device", "mps")])
+def test_arguments_that_the_model_refuses(
+    options: tuple[str, str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("md", folder / "water.xyz", "-m", folder / "my.model", "--no-verify", "-o", tmp_path / "out")
+    status, _, err = run(capsys, *command, *options)
+    assert status == 2 and options[1] in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_that_is_not_there(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, _, err = run(capsys, "verify", folder / "my.model", "--device", "cuda")
+    assert status == 1 and "device='cuda'" in err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "--version")
+    assert status == 0 and out.startswith("mace-fast ")

@@ -1,0 +1,205 @@
+"""The frozen program: the same results as mace-torch, within the accuracy that its splines are proven to."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+
+from mace_fast import zoo
+from mace_fast.errors import MissingToolError, UnsupportedModuleError, VerificationError
+from mace_fast.inference import CapturedMACE, FrozenMACE, freeze, verify_frozen
+from mace_fast.inference.edges import pad
+from mace_fast.inference.frozen import atomic_forces, edge_vectors
+from mace_fast.inference.tables import interpolate, tabulate
+from mace_fast.patch.api import convert
+
+MODELS = ["mp0-small", "mp0-medium", "off23-medium", "omat0-small", "mh-1"]
+
+
+def small(name: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    return zoo.build(name, dtype=dtype, elements=[6, 8], channels=8)
+
+
+def crystal(seed: int, *, mixed: bool = False) -> Atoms:
+    """Rattled diamond, of one element so that models with tables for each pair of species need one."""
+    atoms = zoo.diamond(8)
+    atoms.rattle(0.1, seed=seed % 1000)
+    if mixed:
+        atoms.numbers[::3] = 8
+    return atoms
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float64_agrees_to_1e_12(seed: int, name: str) -> None:
+    model = small(name)
+    data = zoo.graph(crystal(seed, mixed=name == "omat0-small"), model)
+    expected = model(dict(data), compute_stress=True, compute_edge_forces=True)
+    got = FrozenMACE(convert(model, verify=False))(dict(data), compute_stress=True)
+    for key in ("energy", "node_energy", "forces", "node_feats"):
+        assert relative(got[key], expected[key]) < 1e-12, key
+    # Virials are sums over edges that nearly cancel in a crystal at rest: their scale is that of the terms.
+    sender, receiver = data["edge_index"]
+    vectors = data["positions"][receiver] - data["positions"][sender] + data["shifts"]
+    terms = float((vectors.norm(dim=1) * expected["edge_forces"].norm(dim=1)).sum())
+    assert float((got["virials"] - expected["virials"]).norm()) < 1e-12 * terms
+    assert relative(got["stress"], expected["stress"]) < 1e-11
+
+
+@pytest.mark.parametrize("name", ["mp0-medium", "mh-1"])
+def test_float32_is_no_further_from_float64_than_twice_mace(seed: int, name: str) -> None:
+    exact, rounded = small(name), small(name, torch.float32)
+    exact.load_state_dict({k: v.double() if v.is_floating_point() else v for k, v in rounded.state_dict().items()})
+    frozen = FrozenMACE(convert(rounded, verify=False))
+    errors: dict[str, list[tuple[float, float]]] = {"forces": [], "stress": []}
+    for number in range(4):  # rounding is random: compare root mean squares over structures
+        atoms = crystal(seed + number)
+        oracle = exact(dict(zoo.graph(atoms, exact, dtype=torch.float64)), compute_stress=True)
+        data = zoo.graph(atoms, rounded, dtype=torch.float32)
+        theirs, ours = rounded(dict(data), compute_stress=True), frozen(dict(data), compute_stress=True)
+        for key, pairs in errors.items():
+            pairs.append((relative(ours[key], oracle[key]), relative(theirs[key], oracle[key])))
+    for key, pairs in errors.items():
+        ours_rms, theirs_rms = np.sqrt((np.array(pairs) ** 2).mean(0))
+        assert ours_rms <= 2 * theirs_rms, f"{key}: {ours_rms:.1e} against mace-torch's {theirs_rms:.1e}"
+
+
+def test_verification_passes_and_fails(seed: int) -> None:
+    model = small("mp0-small")
+    frozen = freeze(model, verify=False)
+    assert verify_frozen(model, frozen).passed
+    with torch.no_grad():
+        frozen.interactions[0].linear.weight.mul_(1 + 1e-7)
+    with pytest.raises(VerificationError):
+        verify_frozen(model, frozen).raise_if_failed()
+
+
+def test_several_structures_in_one_batch(seed: int) -> None:
+    model = small("mp0-small")
+    structures = [crystal(seed), zoo.molecules(1)[0], crystal(seed + 1)]
+    for atoms in structures:
+        atoms.numbers[:] = np.where(np.arange(len(atoms)) % 2, 6, 8)
+    frozen = FrozenMACE(convert(model, verify=False))
+    together = frozen(dict(zoo.batch(structures, model)), compute_stress=True)
+    for number, atoms in enumerate(structures):
+        alone = frozen(dict(zoo.graph(atoms, model)), compute_stress=True)
+        assert relative(together["energy"][number], alone["energy"][0]) < 1e-13
+        assert relative(together["stress"][number], alone["stress"][0]) < 1e-10
+
+
+def test_edge_and_atomic_quantities(seed: int) -> None:
+    model = small("mp0-small")
+    data = zoo.graph(crystal(seed), model)
+    flags = {"compute_stress": True, "compute_edge_forces": True, "compute_atomic_stresses": True}
+    expected = model(dict(data), **flags)
+    got = FrozenMACE(convert(model, verify=False))(dict(data), **flags)
+    for key in ("edge_forces", "atomic_virials", "atomic_stresses"):
+        assert relative(got[key], expected[key]) < 1e-12, key
+
+
+def test_structures_without_edges(seed: int) -> None:
+    model = small("mpa0-medium")
+    data = zoo.graph(Atoms("C"), model)
+    expected = model(dict(data))
+    got = FrozenMACE(convert(model, verify=False))(dict(data))
+    assert relative(got["energy"], expected["energy"]) < 1e-12
+    assert torch.equal(got["forces"], torch.zeros(1, 3, dtype=torch.float64))
+
+
+def test_padding_changes_nothing(seed: int) -> None:
+    model = small("mp0-small", torch.float32)
+    frozen = FrozenMACE(convert(model, verify=False))
+    data = zoo.graph(crystal(seed), model, dtype=torch.float32)
+    plain = frozen(dict(data))
+    edges = frozen.sorted_edges(data)
+    count = edges.sender.shape[0]
+    padded = pad(edges, count + 777)
+    shifts = torch.full((count + 777, 3), 1e4)
+    shifts[:count] = data["shifts"][edges.permutation]
+    vectors = edge_vectors(data["positions"], padded, shifts)
+    out, edge_forces = frozen.evaluate(data, padded, vectors, want_forces=True)
+    assert torch.equal(out["energy"], plain["energy"])
+    assert torch.equal(atomic_forces(edge_forces, padded), plain["forces"])
+    with pytest.raises(ValueError, match="do not fit"):
+        pad(edges, count - 1)
+
+
+def test_follows_its_parameters_dtype_and_copies(seed: int) -> None:
+    model = small("mp0-small")
+    frozen = FrozenMACE(convert(model, verify=False))
+    data = zoo.graph(crystal(seed), model)
+    before = frozen(dict(data))["energy"]
+    copies = [copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))]
+    for each in copies:
+        assert torch.equal(each(dict(data))["energy"], before)
+    assert list(frozen.state_dict()) == list(model.state_dict())
+    with torch.no_grad():
+        frozen.interactions[0].conv_tp_weights.layer0.weight.mul_(1.5)
+    changed = frozen(dict(data))["energy"]
+    assert not torch.equal(changed, before)
+    assert relative(changed, frozen.converted(dict(data))["energy"]) < 1e-12
+    frozen.to(torch.float32)
+    single = zoo.graph(crystal(seed), model, dtype=torch.float32)
+    assert frozen(dict(single))["energy"].dtype == torch.float32
+
+
+def test_refusals(seed: int) -> None:
+    variants = zoo.small_variants()
+    attention = next(a for a in variants.values() if "Att" in a.interaction)
+    with pytest.raises(UnsupportedModuleError, match="depend on node features"):
+        FrozenMACE(convert(zoo.build(attention), verify=False))
+    model = small("mp0-small")
+    with pytest.raises(UnsupportedModuleError, match="convert the model first"):
+        FrozenMACE(model)
+    frozen = FrozenMACE(convert(model, verify=False))
+    data = zoo.graph(crystal(seed), model)
+    for flag in ("training", "compute_hessian", "lammps_mliap"):
+        with pytest.raises(NotImplementedError, match=flag):
+            frozen(dict(data), **{flag: True})
+    if not torch.cuda.is_available():
+        with pytest.raises(MissingToolError, match="CUDA device"):
+            CapturedMACE(frozen)
+
+
+def test_out_of_range_edges_are_refused(seed: int) -> None:
+    model = small("mp0-small")
+    data = dict(zoo.graph(crystal(seed), model))
+    data["edge_index"] = data["edge_index"].clone()
+    data["edge_index"][0, 3] = 99
+    with pytest.raises(ValueError, match="outside"):
+        FrozenMACE(convert(model, verify=False))(data)
+
+
+def test_tables_are_proven_and_refused(seed: int) -> None:
+    table = tabulate("f", [lambda r: torch.stack([torch.sin(3 * r), torch.exp(-r)], 1)], 5.0, torch.float64)
+    positions = torch.rand(500, dtype=torch.float64) * table.intervals
+    r = positions / table.per_length
+    error = (interpolate(table.rows, positions)[:, 0] - torch.sin(3 * r)).abs().max()
+    assert error < 1e-12
+    assert float(interpolate(table.rows, torch.tensor([float(table.intervals) + 5])).abs().max()) == 0.0
+    with pytest.raises(UnsupportedModuleError, match="cannot be tabulated"):
+        tabulate("g", [lambda r: torch.sin(4000 * r)[:, None]], 5.0, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_captured_program_follows_the_frozen_one(seed: int, name: str) -> None:
+    model = small(name, torch.float32)
+    frozen = FrozenMACE(convert(model, verify=False)).to("cuda")
+    captured = CapturedMACE(frozen)
+    for number in range(3):  # other positions, then other edges, then another size
+        atoms = crystal(seed + number) if number < 2 else crystal(seed) * (2, 1, 1)
+        data = {k: v.cuda() for k, v in zoo.graph(atoms, model, dtype=torch.float32).items()}
+        for _ in range(2):
+            expected, got = frozen(dict(data), compute_stress=True), captured(data, compute_stress=True)
+            for key in ("energy", "forces", "stress", "node_energy"):
+                assert torch.allclose(got[key], expected[key], rtol=1e-5, atol=1e-6), key
+            data["positions"] = data["positions"] + 0.01 * torch.randn_like(data["positions"])

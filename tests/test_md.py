@@ -1,0 +1,173 @@
+"""The MD driver: conservation, thermostat, complete files, clean stops."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.calculator import Calculator
+from ase.calculators.emt import EMT
+
+from mace_fast import zoo
+from mace_fast.calculators import MACEFastCalculator
+from mace_fast.errors import StructureError
+from mace_fast.md.dynamics import MDResult, MDSettings, Sample, prepare_velocities, run
+from mace_fast.md.picture import draw_run
+from mace_fast.md.speed import time_steps
+
+
+def copper(calculator: Calculator | None = None) -> Atoms:
+    """32 atoms with ASE's own potential: what is tested here is the driver, not the model."""
+    atoms = bulk("Cu", cubic=True).repeat(2)
+    atoms.calc = EMT() if calculator is None else calculator
+    return atoms
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> MACEFastCalculator:
+    return MACEFastCalculator(zoo.checkpoint_path(), default_dtype="float32", verify=False)
+
+
+def nve_drift(calculator: Calculator, output: Path, steps: int = 250) -> float:
+    atoms = zoo.alloy((2, 2, 2), rattle=0.0, seed=3)
+    atoms.calc = calculator
+    # Twice the temperature, as half of the kinetic energy goes into the lattice.
+    prepare_velocities(atoms, 600.0, seed=11)
+    settings = MDSettings(steps, "nve", timestep=2.0, log_interval=1)
+    return run(atoms, settings, output).drift
+
+
+def test_energy_is_conserved(checkpoint: MACEFastCalculator, tmp_path: Path) -> None:
+    """0.5 ps of NVE near 300 K in float32; a force that is off by 1 % drifts by tens of meV/atom/ps."""
+    assert abs(nve_drift(checkpoint, tmp_path)) < 0.1
+
+
+def test_drift_sees_forces_that_are_not_the_derivative(checkpoint: MACEFastCalculator, tmp_path: Path) -> None:
+    class Wrong(Calculator):
+        implemented_properties = ["energy", "forces"]
+
+        def calculate(self, atoms: Atoms, properties: object = None, system_changes: object = None) -> None:
+            super().calculate(atoms)
+            checkpoint.calculate(self.atoms, ["forces"])
+            forces = checkpoint.results["forces"].copy()
+            forces[:, 0] += 0.02 * forces[:, 1]  # a curl: no potential has such forces
+            self.results = {"energy": checkpoint.results["energy"], "forces": forces}
+
+    correct = abs(nve_drift(checkpoint, tmp_path, steps=60))
+    assert abs(nve_drift(Wrong(), tmp_path, steps=60)) > 3 * correct
+
+
+def test_thermostat_reaches_its_temperature(seed: int, tmp_path: Path) -> None:
+    settings = MDSettings(1000, "nvt", 500.0, timestep=4.0, friction=0.05, seed=seed, log_interval=5)
+    result = run(copper(), settings, tmp_path)
+    temperatures = [sample.temperature for sample in result.samples[100:]]
+    # The mean over 2 ps of momenta that forget themselves in 20 fs; five times its standard error.
+    assert np.mean(temperatures) == pytest.approx(500, abs=60)
+
+
+def test_files_are_complete(tmp_path: Path) -> None:
+    seen: list[Sample] = []
+    settings = MDSettings(23, log_interval=10)
+    result = run(copper(), settings, tmp_path / "new" / "folder", on_sample=seen.append)
+    assert [sample.step for sample in result.samples] == [0, 10, 20, 23]
+    assert seen == list(result.samples)
+    with (tmp_path / "new/folder/log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [0, 10, 20, 23]
+    frames = ase.io.read(tmp_path / "new/folder/trajectory.extxyz", index=":")
+    assert [frame.info["step"] for frame in frames] == [0, 10, 20, 23]
+    for frame, sample in zip(frames, result.samples, strict=True):
+        assert frame.get_potential_energy() == pytest.approx(sample.potential_energy)
+        assert frame.get_forces().shape == (32, 3)
+        assert frame.get_temperature() == pytest.approx(sample.temperature, rel=1e-5)
+        assert sample.total_energy == sample.potential_energy + sample.kinetic_energy
+
+
+def test_same_seed_same_trajectory(tmp_path: Path) -> None:
+    def positions(seed: int) -> np.ndarray:
+        atoms = copper()
+        run(atoms, MDSettings(20, seed=seed), tmp_path)
+        return atoms.positions
+
+    assert np.array_equal(positions(3), positions(3))
+    assert not np.allclose(positions(3), positions(4))
+
+
+def test_velocities_of_the_structure_are_kept(rng: np.random.Generator) -> None:
+    atoms = copper()
+    momenta = rng.normal(size=(32, 3))
+    atoms.set_momenta(momenta)
+    prepare_velocities(atoms, 300, seed=0)
+    assert np.array_equal(atoms.get_momenta(), momenta)
+    fresh = copper()
+    prepare_velocities(fresh, 300, seed=0)
+    assert np.abs(fresh.get_momenta().sum(axis=0)).max() < 1e-10
+
+
+def test_stop_ends_after_the_step_with_a_frame(tmp_path: Path) -> None:
+    asked = iter([False, False, True])
+    result = run(copper(), MDSettings(1000), tmp_path, stop=lambda: next(asked))
+    assert result.interrupted and result.steps_done == 3
+    assert [frame.info["step"] for frame in ase.io.read(tmp_path / "trajectory.extxyz", index=":")] == [0, 3]
+
+
+def test_explosion_is_an_error(tmp_path: Path) -> None:
+    class Exploding(Calculator):
+        implemented_properties = ["energy", "forces"]
+
+        def calculate(self, atoms: Atoms, properties: object = None, system_changes: object = None) -> None:
+            super().calculate(atoms)
+            self.results = {"energy": np.nan, "forces": np.zeros((32, 3))}
+
+    with pytest.raises(StructureError, match="step 0: the energy is not finite"):
+        run(copper(Exploding()), MDSettings(5), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "settings"),
+    [
+        ("steps", {"steps": 0}),
+        ("log_interval", {"steps": 1, "log_interval": 0}),
+        ("npt", {"steps": 1, "ensemble": "npt"}),
+        ("timestep", {"steps": 1, "timestep": 0.0}),
+        ("friction", {"steps": 1, "friction": -1.0}),
+        ("temperature", {"steps": 1, "temperature": float("nan")}),
+    ],
+)
+def test_settings_are_checked(said: str, settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=said):
+        MDSettings(**settings)  # type: ignore[arg-type]
+
+
+def test_drift_is_the_slope_of_the_total_energy() -> None:
+    samples = tuple(Sample(i, 0.1 * i, -10.0, 1.0, -9.0 + 0.004 * i, 300.0, 1.0 * i) for i in range(6))
+    result = MDResult(samples, 5, False, 0.01, num_atoms=4, settings=MDSettings(5, "nve"))
+    assert result.drift == pytest.approx(0.04 * 1000 / 4)
+    assert result.ns_per_day == pytest.approx(1e-6 * 86400 / 0.01)
+
+
+@pytest.mark.parametrize("ensemble", ["nvt", "nve"])
+def test_picture(ensemble: str, tmp_path: Path) -> None:
+    result = run(copper(), MDSettings(10, ensemble, log_interval=2), tmp_path)
+    draw_run(result, tmp_path / "a.png", title="Cu", speeds={"mace-torch": 0.5, "mace_fast": 0.05})
+    draw_run(result, tmp_path / "b.png", title="Cu")
+    for name in ("a.png", "b.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_time_steps_takes_turns_from_the_same_start() -> None:
+    turns: list[str] = []
+    atoms = copper()
+    atoms.calc = None
+    before = atoms.copy()
+    timings = time_steps(atoms, {"a": EMT(), "b": EMT()}, MDSettings(3), warmup=1, on_step=turns.append)
+    assert turns == ["a", "b"] * 4
+    assert np.array_equal(atoms.positions, before.positions) and not atoms.get_momenta().any()
+    assert len(timings["a"].seconds) == 3 and timings["a"].median > 0
+    assert timings["a"].energies == timings["b"].energies
+    assert np.array_equal(timings["a"].forces, timings["b"].forces)
