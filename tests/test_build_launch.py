@@ -56,9 +56,7 @@ def test_packing() -> None:
 def test_signature_refuses_other_sizes(sizes: tuple[int, ...]) -> None:
     Signature("k", (int, float), (8, 8))
     Signature("k", (int, float), None)
-    with pytest.raises(
-        TypeError, match=r"kernel 'k' has parameters of .* bytes, the arguments have \[8, 8\]"
-    ):
+    with pytest.raises(TypeError, match=r"kernel 'k' has parameters of .* bytes, the arguments have \[8, 8\]"):
         Signature("k", (int, float), sizes)
 
 

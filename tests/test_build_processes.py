@@ -22,9 +22,7 @@ from mace_fast.kernels.build.cache import get_or_build
 
 PROCESSES = 8
 PAYLOAD = "payload.bin"
-CUDA = CudaSource(
-    "race", 'extern "C" __global__ void race(float* x) { x[threadIdx.x] *= 2; }\n', (), ("race",)
-)
+CUDA = CudaSource("race", 'extern "C" __global__ void race(float* x) { x[threadIdx.x] *= 2; }\n', (), ("race",))
 CPU = CpuSource("race", 'extern "C" int race() { return 42; }\n', ())
 
 
@@ -55,8 +53,7 @@ def run_all(context: ForkServerContext, cache: Path, calls: list[tuple]) -> list
     """Run every (function, *arguments) in a process of its own; what they return, or raise."""
     queue = context.Queue()
     processes = [
-        context.Process(target=in_child, args=(function, str(cache), queue, *args))
-        for function, *args in calls
+        context.Process(target=in_child, args=(function, str(cache), queue, *args)) for function, *args in calls
     ]
     for process in processes:
         process.start()

@@ -182,6 +182,7 @@ def test_tables_are_proven_and_refused(seed: int) -> None:
     table = tabulate("f", [lambda r: torch.stack([torch.sin(3 * r), torch.exp(-r)], 1)], 5.0, torch.float64)
     positions = torch.rand(500, dtype=torch.float64) * table.intervals
     r = positions / table.per_length
+    assert table.rows.shape[1] == 8 and table.intervals == 1024
     error = (interpolate(table.rows, positions)[:, 0] - torch.sin(3 * r)).abs().max()
     assert error < 1e-12
     assert float(interpolate(table.rows, torch.tensor([float(table.intervals) + 5])).abs().max()) == 0.0

@@ -72,9 +72,7 @@ def e3nn_linear(irreps_in: str, irreps_out: str, biases: bool = False) -> Any:
 def test_linear_is_e3nn_linear(
     rng: np.random.Generator, dtype: torch.dtype, x_layout: Any, z_layout: Any, biases: bool
 ) -> None:
-    shared = (
-        f"{rng.choice(MULTIPLICITIES)}x0e + {rng.choice(MULTIPLICITIES)}x1o + {rng.choice(MULTIPLICITIES)}x2e"
-    )
+    shared = f"{rng.choice(MULTIPLICITIES)}x0e + {rng.choice(MULTIPLICITIES)}x1o + {rng.choice(MULTIPLICITIES)}x2e"
     module = e3nn_linear(f"{shared} + {random_irreps(rng, 3)}", f"{random_irreps(rng, 3)} + {shared}", biases)
     print(module)
     x = torch.randn(7, module.irreps_in.dim, dtype=torch.float64)
@@ -96,9 +94,7 @@ def test_linear_is_e3nn_linear(
 def test_indexed_linear_is_e3nn_product_with_one_hot(
     rng: np.random.Generator, dtype: torch.dtype, x_layout: Any, z_layout: Any, species: int
 ) -> None:
-    shared = (
-        f"{rng.choice(MULTIPLICITIES)}x0e + {rng.choice(MULTIPLICITIES)}x1o + {rng.choice(MULTIPLICITIES)}x2e"
-    )
+    shared = f"{rng.choice(MULTIPLICITIES)}x0e + {rng.choice(MULTIPLICITIES)}x1o + {rng.choice(MULTIPLICITIES)}x2e"
     module = o3().FullyConnectedTensorProduct(
         f"{shared} + {random_irreps(rng, 2)}", f"{species}x0e", f"{random_irreps(rng, 2)} + {shared}"
     )

@@ -77,9 +77,7 @@ def test_every_way_of_calling(variant: str, rng: np.random.Generator) -> None:
 
 def test_hessian_and_edge_forces(rng: np.random.Generator) -> None:
     model = small_model()
-    data = zoo.graph(
-        zoo.molecules(1, seed=int(rng.integers(1000)))[0], small_model(atomic_numbers=(1, 6, 7, 8))
-    )
+    data = zoo.graph(zoo.molecules(1, seed=int(rng.integers(1000)))[0], small_model(atomic_numbers=(1, 6, 7, 8)))
     model = small_model(atomic_numbers=(1, 6, 7, 8))
     fast = convert(model, verify=False)
     torch.set_default_dtype(torch.float64)
@@ -98,9 +96,7 @@ def test_hessian_and_edge_forces(rng: np.random.Generator) -> None:
             for m in (fast, model)
         )
         for name in ("edge_forces", "atomic_virials"):
-            assert torch.allclose(
-                ours[name], theirs[name], rtol=0, atol=1e-12 * float(theirs[name].abs().max())
-            ), name
+            assert torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-12 * float(theirs[name].abs().max())), name
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -112,9 +108,7 @@ def test_conversion_is_verified(variant: str) -> None:
     report = verify(model, fast)
     assert report.passed
     assert report.dtypes == ["float64", "float32"]
-    assert {row.name for row in report.modules} == {
-        n for n, m in fast.named_modules() if isinstance(m, FastModule)
-    }
+    assert {row.name for row in report.modules} == {n for n, m in fast.named_modules() if isinstance(m, FastModule)}
     assert all("linear" in row.kernel for row in report.modules)
 
 

@@ -21,9 +21,7 @@ FLOAT64_TOLERANCE = 1e-12
 
 @lru_cache(maxsize=64)
 def _built(architecture_key: tuple, seed: int) -> torch.nn.Module:  # type: ignore[type-arg]
-    architecture = Architecture(
-        **{k: (dict(v) if k == "embedding_specs" and v else v) for k, v in architecture_key}
-    )
+    architecture = Architecture(**{k: (dict(v) if k == "embedding_specs" and v else v) for k, v in architecture_key})
     return zoo.build(architecture, seed=seed)
 
 
@@ -49,9 +47,7 @@ def structures(model: torch.nn.Module, rng: np.random.Generator) -> dict[str, to
 
     numbers = model.atomic_numbers.cpu().numpy()
     cell = np.array([[3.4, 0.2, 0.0], [0.7, 3.1, -0.3], [-0.5, 0.4, 3.6]])
-    sites = np.array([[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]) + rng.uniform(
-        -0.06, 0.06, (4, 3)
-    )
+    sites = np.array([[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]) + rng.uniform(-0.06, 0.06, (4, 3))
     places = 1.4 * np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]])
     frames = [
         Atoms(rng.choice(numbers, 4), scaled_positions=sites, cell=cell, pbc=True),
@@ -63,9 +59,7 @@ def structures(model: torch.nn.Module, rng: np.random.Generator) -> dict[str, to
     return zoo.batch(frames, model, dtype=torch.float64, device="cpu", head=chosen)
 
 
-def evaluate(
-    model: torch.nn.Module, data: dict[str, torch.Tensor], **arguments: bool
-) -> dict[str, torch.Tensor]:
+def evaluate(model: torch.nn.Module, data: dict[str, torch.Tensor], **arguments: bool) -> dict[str, torch.Tensor]:
     """Results in the model's own dtype and on its device, as float64 on the CPU."""
     parameter = next(model.parameters())
     before = torch.get_default_dtype()
@@ -78,11 +72,7 @@ def evaluate(
         out = model(inputs, **(arguments or {"compute_stress": True}))
     finally:
         torch.set_default_dtype(before)
-    return {
-        k: v.detach().cpu().double()
-        for k, v in out.items()
-        if isinstance(v, torch.Tensor) and k in QUANTITIES
-    }
+    return {k: v.detach().cpu().double() for k, v in out.items() if isinstance(v, torch.Tensor) and k in QUANTITIES}
 
 
 def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:

@@ -84,9 +84,7 @@ def test_network_computes_the_same(weights: str, rng: np.random.Generator) -> No
     for m in (model, fast):
         out = m(*inputs)
         weight = [p for n, p in m.named_parameters() if p.numel() and not n.startswith("out")]
-        first = torch.autograd.grad(
-            (out**2).sum(), [*inputs[:2], *weight], create_graph=True, allow_unused=True
-        )
+        first = torch.autograd.grad((out**2).sum(), [*inputs[:2], *weight], create_graph=True, allow_unused=True)
         second = torch.autograd.grad(sum((g**2).sum() for g in first if g is not None), inputs[:2])
         results.append([out, *first, *second])
     for a, b in zip(*results, strict=True):
@@ -118,11 +116,7 @@ def test_broadcasting_lists_and_errors(rng: np.random.Generator) -> None:
     fast = convert(external)
     assert torch.allclose(fast(x, y, w), external(x, y, w), rtol=0, atol=1e-13)
     assert fast(x, y, w).shape == (4, 3, external.irreps_out.dim)
-    parts = [
-        torch.tensor(rng.normal(size=(12, *ins.path_shape)))
-        for ins in external.instructions
-        if ins.has_weight
-    ]
+    parts = [torch.tensor(rng.normal(size=(12, *ins.path_shape))) for ins in external.instructions if ins.has_weight]
     rows = [t.expand(4, 3, t.shape[-1]).reshape(12, -1) for t in (x, y)]
     assert torch.allclose(fast(*rows, parts), external(*rows, parts), rtol=0, atol=1e-13)
     one = [t[0] for t in rows]
@@ -149,9 +143,7 @@ def test_state_of_a_tensor_product(rng: np.random.Generator) -> None:
     inputs = [t.detach() for t in _inputs(rng)[:2]]
     exact = product(*inputs)
     fast = convert(product)
-    assert list(fast.state_dict()) == list(product.state_dict()) and any(
-        "_w3j_" in k for k in fast.state_dict()
-    )
+    assert list(fast.state_dict()) == list(product.state_dict()) and any("_w3j_" in k for k in fast.state_dict())
     buffer = io.BytesIO()
     torch.save(fast, buffer)
     buffer.seek(0)

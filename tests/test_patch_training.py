@@ -13,9 +13,7 @@ from mace_fast import zoo
 from mace_fast.patch import convert, patch
 
 
-def _loss_gradients(
-    model: torch.nn.Module, data: dict[str, torch.Tensor], seed: int
-) -> dict[str, torch.Tensor]:
+def _loss_gradients(model: torch.nn.Module, data: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     torch.set_default_dtype(torch.float64)
     try:
@@ -46,9 +44,7 @@ def test_parameter_gradients_are_equal(variant: str, seed: int, rng: np.random.G
     assert fast.training
     theirs, ours = _loss_gradients(model, data, seed), _loss_gradients(fast, data, seed)
     assert theirs.keys() == ours.keys()
-    assert any("conv_tp_weights" in name for name in ours) and any(
-        "symmetric_contractions" in name for name in ours
-    )
+    assert any("conv_tp_weights" in name for name in ours) and any("symmetric_contractions" in name for name in ours)
     largest = max(float(g.abs().max()) for g in theirs.values())
     for name, gradient in theirs.items():
         # The gradient of a parameter that cancels out is rounding error on the scale of the others.

@@ -41,9 +41,7 @@ def close(out: torch.Tensor, expected: torch.Tensor, values: torch.Tensor, index
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("ids", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("rows", "num_segments", "dim"), SHAPES)
-def test_sum_of_rows(
-    seed: int, dtype: torch.dtype, ids: torch.dtype, rows: int, num_segments: int, dim: int
-) -> None:
+def test_sum_of_rows(seed: int, dtype: torch.dtype, ids: torch.dtype, rows: int, num_segments: int, dim: int) -> None:
     index = torch.randint(max(num_segments, 1), (rows,)).to(ids)
     values = torch.randn(rows, dim, dtype=dtype)
     lists = segments(index, num_segments)
@@ -81,9 +79,7 @@ def test_sorted_rows_need_no_order(seed: int) -> None:
     values = torch.randn(40, 3)
     lists = segments(index, 5)
     assert torch.equal(segment_sum(values, Segments(index, None, lists.row_ptr)), segment_sum(values, lists))
-    narrow = Segments(
-        index.int(), lists.order.int() if lists.order is not None else None, lists.row_ptr.int()
-    )
+    narrow = Segments(index.int(), lists.order.int() if lists.order is not None else None, lists.row_ptr.int())
     assert torch.equal(segment_sum(values, narrow), segment_sum(values, lists))
 
 

@@ -92,8 +92,7 @@ def error(actual: torch.Tensor, oracle: torch.Tensor) -> float:
     if oracle.numel() == 0:
         return 0.0
     return float(
-        (actual.detach().double() - oracle.detach()).abs().max()
-        / oracle.detach().abs().max().clamp_min(1e-300)
+        (actual.detach().double() - oracle.detach()).abs().max() / oracle.detach().abs().max().clamp_min(1e-300)
     )
 
 
@@ -245,9 +244,7 @@ def test_third_derivative_is_refused(seed: int) -> None:
     p = CUBIC
     x = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(1, 5, 3, dtype=torch.float64)
-    first = torch.autograd.grad(
-        weighted_polynomial(p, x, weights, torch.tensor([0, 0])).sum(), x, create_graph=True
-    )[0]
+    first = torch.autograd.grad(weighted_polynomial(p, x, weights, torch.tensor([0, 0])).sum(), x, create_graph=True)[0]
     second = torch.autograd.grad((first**2).sum(), x, create_graph=True)[0]
     with pytest.raises(NotImplementedError, match="third derivatives with respect to x"):
         torch.autograd.grad(second.sum(), x)
@@ -372,9 +369,7 @@ def test_wrong_arguments(
 
 
 def test_fold_checks_its_weights() -> None:
-    description = SymmetricContraction.from_u_matrices(
-        [[np.eye(4)[:, :, None], np.eye(4)[0][:, None]]], (1, 3), (1,)
-    )
+    description = SymmetricContraction.from_u_matrices([[np.eye(4)[:, :, None], np.eye(4)[0][:, None]]], (1, 3), (1,))
     assert fold_weights(description, torch.randn(2, 2, 3)).shape == (2, description.polynomial.num_weights, 3)
     with pytest.raises(ValueError, match="weights has shape"):
         fold_weights(description, torch.randn(2, 3, 3))

@@ -44,16 +44,12 @@ def u_matrices(lmax: int, degree: int, dtype: torch.dtype) -> list[np.ndarray]:
     irreps = " + ".join(f"{d}{'eo'[d % 2]}" for d in range(lmax + 1))
     with default_dtype(dtype):
         return [
-            U_matrix_real(irreps, f"{degree}{'eo'[degree % 2]}", nu, dtype=dtype, use_cueq_cg=False)[
-                -1
-            ].numpy()
+            U_matrix_real(irreps, f"{degree}{'eo'[degree % 2]}", nu, dtype=dtype, use_cueq_cg=False)[-1].numpy()
             for nu in (3, 2, 1)
         ]
 
 
-def signed_tensors(
-    p: WeightedPolynomial, nodes: int, channels: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, ...]:
+def signed_tensors(p: WeightedPolynomial, nodes: int, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     x = torch.randn(nodes, p.num_inputs, channels, dtype=dtype)
     weights = torch.randn(7, p.num_weights, channels, dtype=dtype)
     return x, weights, torch.randint(7, (nodes,))
@@ -85,9 +81,7 @@ def test_description_survives_pickle_and_its_key() -> None:
 def test_key_works_in_a_process_that_never_saw_the_description(tmp_path: Path, seed: int) -> None:
     p = CUBIC
     x, weights, species = signed_tensors(p, 3, 2, torch.float64)
-    torch.save(
-        (p.key, x, weights, species, weighted_polynomial(p, x, weights, species)), tmp_path / "call.pt"
-    )
+    torch.save((p.key, x, weights, species, weighted_polynomial(p, x, weights, species)), tmp_path / "call.pt")
     code = (
         "import sys, torch, mace_fast.kernels.ops.symmetric\n"
         "key, x, weights, species, expected = torch.load(sys.argv[1])\n"
@@ -139,9 +133,7 @@ def test_plan_counts_and_says_what_it_does() -> None:
 
 def test_large_polynomials_become_tables(rng: np.random.Generator) -> None:
     places = {tuple(sorted(int(m) for m in rng.integers(16, size=4))) for _ in range(3000)}
-    p = WeightedPolynomial(
-        (1, 3, 5, 7), (1,), 1, tuple(Term(0, 0, monomial, 0.5) for monomial in sorted(places))
-    )
+    p = WeightedPolynomial((1, 3, 5, 7), (1,), 1, tuple(Term(0, 0, monomial, 0.5) for monomial in sorted(places)))
     plan = plans.plan_symmetric(p)
     assert plan.gradient_operations > plans.MAX_STRAIGHT_OPERATIONS and str(plan).startswith("table")
     compiled = compile_cuda(symmetric_cuda(p, "gradient", False, "float32", "int64"), "sm_90")
@@ -151,20 +143,12 @@ def test_large_polynomials_become_tables(rng: np.random.Generator) -> None:
 def test_float_literals_are_exact() -> None:
     p = WeightedPolynomial((1,), (1,), 1, (Term(0, 0, (0, 0), 0.1),))
     assert f"{(0.1).hex()} * q_0_0" in symmetric_cpu(p, "evaluate", False, "float64", "int64").text
-    assert (
-        f"{float(np.float32(0.1)).hex()}f * q_0_0"
-        in symmetric_cpu(p, "evaluate", False, "float32", "int64").text
-    )
+    assert f"{float(np.float32(0.1)).hex()}f * q_0_0" in symmetric_cpu(p, "evaluate", False, "float32", "int64").text
 
 
 # Everything that inference and training use at L = 1, and the widest kernels
 COMPILED = [
-    *(
-        (1, kind, tangent, "float32", arch)
-        for kind in KINDS
-        for tangent in (False, True)
-        for arch in ("sm_90",)
-    ),
+    *((1, kind, tangent, "float32", arch) for kind in KINDS for tangent in (False, True) for arch in ("sm_90",)),
     *((2, kind, False, "float32", arch) for kind in KINDS for arch in ("sm_80", "sm_90", "sm_100")),
     *((1, kind, False, "float64", arch) for kind in KINDS for arch in ("sm_80", "sm_90", "sm_100")),
 ]
@@ -217,9 +201,7 @@ def test_cuda_is_cpu(seed: int, lmax_out: int, nodes: int, channels: int, dtype:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_cuda_tables_are_cpu(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
-) -> None:
+def test_cuda_tables_are_cpu(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(plans, "MAX_STRAIGHT_OPERATIONS", 0)
     p = random_polynomial(rng, 4, 120)
     assert plans.plan_symmetric(p).scheme == "table"

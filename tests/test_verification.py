@@ -106,10 +106,7 @@ def test_models_are_left_alone(model: torch.nn.Module, seed: int) -> None:
     reference, candidate = copy.deepcopy(model).train(), copy.deepcopy(model).float().eval()
     calls: list[int] = []
     candidate.register_forward_hook(lambda *_: calls.append(1))
-    before = [
-        {name: t.clone() for name, t in {**m.state_dict(keep_vars=True)}.items()}
-        for m in (reference, candidate)
-    ]
+    before = [{name: t.clone() for name, t in {**m.state_dict(keep_vars=True)}.items()} for m in (reference, candidate)]
     hooks = [sum(len(module._forward_pre_hooks) for module in m.modules()) for m in (reference, candidate)]
     structures = default_structures(reference, seed=seed)[1:4]
     kept = [atoms.copy() for atoms in structures]
@@ -128,9 +125,7 @@ def test_models_are_left_alone(model: torch.nn.Module, seed: int) -> None:
     assert structures == kept
     assert reference.training and not candidate.training
     for m, saved, count in zip((reference, candidate), before, hooks, strict=True):
-        assert all(
-            torch.equal(t, saved[name]) and t.dtype == saved[name].dtype for name, t in m.state_dict().items()
-        )
+        assert all(torch.equal(t, saved[name]) and t.dtype == saved[name].dtype for name, t in m.state_dict().items())
         assert all(p.grad is None for p in m.parameters())
         assert sum(len(module._forward_pre_hooks) for module in m.modules()) == count
 
@@ -317,9 +312,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "quantity", "mode", "said"), FAULTS, ids=lambda value: getattr(value, "__name__", "")
-)
+@pytest.mark.parametrize(("kind", "quantity", "mode", "said"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
 def test_fault_is_found_and_named(
     model: torch.nn.Module, kind: type[torch.nn.Module], quantity: str, mode: str, said: str, seed: int
 ) -> None:
@@ -334,12 +327,8 @@ def test_fault_is_found_and_named(
     assert "FAILED" in str(report)
 
 
-@pytest.mark.parametrize(
-    "kind", [StressOnlyWithComputeStress, VirialsOnlyByThemselves, EnergyAlone, WrongHessian]
-)
-def test_fault_shows_in_its_own_mode_only(
-    model: torch.nn.Module, kind: type[torch.nn.Module], seed: int
-) -> None:
+@pytest.mark.parametrize("kind", [StressOnlyWithComputeStress, VirialsOnlyByThemselves, EnergyAlone, WrongHessian])
+def test_fault_shows_in_its_own_mode_only(model: torch.nn.Module, kind: type[torch.nn.Module], seed: int) -> None:
     own = next(mode for fault, _, mode, _ in FAULTS if fault is kind)
     others = {"stress", "energy", "forces", "virials", "displacement", "hessian"} - {own}
     assert compare(model, faulty(model, kind), modes=sorted(others), seed=seed).passed
@@ -382,9 +371,7 @@ class Uninitialised(Faulty):
 def test_second_call_is_checked(model: torch.nn.Module, seed: int) -> None:
     report = compare(model, faulty(model, Uninitialised), modes=["stress"], seed=seed)
     assert report.repeatable is False
-    assert {(row.quantity, row.mode) for row in report.rows if not row.passed} == {
-        ("energy", "stress, called again")
-    }
+    assert {(row.quantity, row.mode) for row in report.rows if not row.passed} == {("energy", "stress, called again")}
 
 
 # --- tensors

@@ -66,11 +66,7 @@ def test_geometric_cases_occur(model: torch.nn.Module, seed: int) -> None:
     structures = {atoms.info["name"]: atoms for atoms in default_structures(model, seed=seed)}
     graphs = {graph.name: graph for graph in build_graphs(model, list(structures.values()))}
     r_max = float(model.r_max)
-    assert (
-        np.linalg.det(structures["left-handed cell"].cell)
-        < 0
-        < np.linalg.det(structures["triclinic cell"].cell)
-    )
+    assert np.linalg.det(structures["left-handed cell"].cell) < 0 < np.linalg.det(structures["triclinic cell"].cell)
     assert abs(structures["triclinic cell"].cell.angles() - 90.0).min() > 3.0
     assert {tuple(atoms.pbc) for atoms in structures.values()} >= {
         (True, True, True), (True, True, False), (False, True, False), (False, False, False)
@@ -134,9 +130,7 @@ def test_float32_sees_the_same_structure(model: torch.nn.Module, seed: int) -> N
 
 
 def part(oracle: Any, candidate: Any, reference: Any = None, terms: float = 0.0, name: str = "it") -> Part:
-    values = [
-        None if v is None else torch.as_tensor(v, dtype=torch.float64) for v in (oracle, candidate, reference)
-    ]
+    values = [None if v is None else torch.as_tensor(v, dtype=torch.float64) for v in (oracle, candidate, reference)]
     assert values[0] is not None and values[1] is not None
     return Part(name, values[0], values[1], values[2], terms)
 
@@ -184,9 +178,7 @@ def test_float32_factor(rng: np.random.Generator) -> None:
             made.append(part(oracle, oracle + factor * noise[0], oracle + noise[1], name=str(index)))
         return made
 
-    assert all(
-        judge_float32(parts(1.0)).passed and judge_tensors_float32(parts(1.0)).passed for _ in range(20)
-    )
+    assert all(judge_float32(parts(1.0)).passed and judge_tensors_float32(parts(1.0)).passed for _ in range(20))
     assert not any(judge_float32(parts(5.0)).passed for _ in range(20))
     assert not any(judge_tensors_float32(parts(20.0)).passed for _ in range(20))
 
@@ -237,11 +229,7 @@ def test_one_path_of_a_tensor_product_is_found(model: torch.nn.Module, seed: int
     }
     assert "kernel b" in str(report) and "ScaledPath" in str(report)
     order = [row.name for row in report.modules]
-    assert (
-        order.index("interactions.0.conv_tp")
-        < order.index("interactions.1.conv_tp")
-        < order.index("products.1")
-    )
+    assert order.index("interactions.0.conv_tp") < order.index("interactions.1.conv_tp") < order.index("products.1")
 
 
 class WrongGradient(torch.autograd.Function):
@@ -276,9 +264,7 @@ class OtherSignature(torch.nn.Module):
 def test_modules_that_cannot_be_called_or_are_missing(model: torch.nn.Module, seed: int) -> None:
     candidate = copy.deepcopy(model)
     candidate.products[1] = OtherSignature()
-    report = compare(
-        model, candidate, modules={"products.1": "", "products.1.linear": ""}, modes=["energy"], seed=seed
-    )
+    report = compare(model, candidate, modules={"products.1": "", "products.1.linear": ""}, modes=["energy"], seed=seed)
     notes = {row.name: row.note for row in report.modules}
     assert "TypeError" in notes["products.1"]
     assert "no module of this name" in notes["products.1.linear"]
@@ -298,15 +284,11 @@ def test_blocks_of_equal_models_agree(model: torch.nn.Module, seed: int) -> None
         "readouts.0",
         "readouts.1",
     ]
-    report = compare(
-        model, model, modules=dict.fromkeys(names, "e3nn"), modes=["energy"], dtypes=BOTH, seed=seed
-    )
+    report = compare(model, model, modules=dict.fromkeys(names, "e3nn"), modes=["energy"], dtypes=BOTH, seed=seed)
     assert report.passed, str(report)
     assert {row.name for row in report.modules} == set(names)
     assert all(row.error == 0.0 for row in report.modules if row.dtype == "float64")
-    assert all(
-        0.0 < row.reference_error < 1e-5 for row in report.modules if row.dtype == "float32" and row.error
-    )
+    assert all(0.0 < row.reference_error < 1e-5 for row in report.modules if row.dtype == "float32" and row.error)
 
 
 # --- the report
@@ -324,9 +306,7 @@ def test_report_as_text_and_json(model: torch.nn.Module, seed: int) -> None:
         seed=seed,
     )
     text = str(report)
-    assert (
-        "PASSED" in text and "descriptors" in text and "symmetric_contraction" in text and str(seed) in text
-    )
+    assert "PASSED" in text and "descriptors" in text and "symmetric_contraction" in text and str(seed) in text
     assert max(len(line) for line in text.splitlines()) <= 120 and "\x1b" not in text
     assert "\x1b[" in report.render(color=True)
     data = json.loads(report.to_json())
@@ -334,9 +314,7 @@ def test_report_as_text_and_json(model: torch.nn.Module, seed: int) -> None:
     assert {row["quantity"] for row in data["rows"]} >= {"energy", "forces"}
     assert data["environment"]["torch"] and data["seconds"]["total"] > 0
     assert any("Hessian" in line for line in data["not_compared"])
-    assert all(done < known for _, done, known in seen) and [done for _, done, _ in seen] == list(
-        range(len(seen))
-    )
+    assert all(done < known for _, done, known in seen) and [done for _, done, _ in seen] == list(range(len(seen)))
 
 
 def test_failed_report_as_json(model: torch.nn.Module, seed: int) -> None:

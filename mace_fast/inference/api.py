@@ -66,12 +66,15 @@ def verify_frozen(
     progress: Progress | None = None,
 ) -> EquivalenceReport:
     """Compare a program with the model that it was made from, in every mode but training and the Hessian."""
+    dtypes = tuple(dict.fromkeys((torch.float64, next(frozen.parameters()).dtype)))
     reference = with_fast_constants(put_back(copy.deepcopy(model)), frozen.converted)
+    exact = with_fast_constants(frozen.converted, frozen.converted)
+    candidate = frozen if exact is frozen.converted else FrozenMACE(exact)
     if structures is None:
         structures = default_structures(reference)
         if depends_on_species(frozen):
             structures = [_of_few_elements(atoms, np.asarray(reference.atomic_numbers)) for atoms in structures]
-    return compare(reference, frozen, structures=structures, modes=_MODES, progress=progress)
+    return compare(reference, candidate, structures=structures, dtypes=dtypes, modes=_MODES, progress=progress)
 
 
 def _of_few_elements(atoms: ase.Atoms, numbers: np.ndarray) -> ase.Atoms:

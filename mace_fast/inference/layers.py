@@ -125,7 +125,8 @@ def freeze_layer(
     """Prepare one layer.
 
     Args:
-        interaction, product: the fast blocks (a ``FastInteraction`` that is not the attention block), on the device and in the dtype of the program.
+        interaction, product: the fast blocks (a ``FastInteraction`` that is not the attention block), on the device and
+            in the dtype of the program.
         table: their radial functions, the density last where there is one.
         embedding: [Z, features] node features of each species, for a first layer that sees nothing else.
     """

@@ -1,12 +1,13 @@
 """The radial networks of a frozen model as splines of the distance, with an error bound proven for each table.
 
 The weights of a convolution are functions of the edge length, and in newer models of the two species, alone. They are
-evaluated in float64 at uniform knots, with exact derivatives, and the quintics made of them are compared with the
+evaluated in float64 at uniform knots, with exact derivatives, and the polynomials made of them are compared with the
 network between the knots; where they are not good enough, intervals are halved.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,9 +19,14 @@ from mace_fast.errors import UnsupportedModuleError
 RadialFunction = Callable[[Tensor], Tensor]
 """Distances [K] (A, float64) to values [K, n]."""
 
-_FIRST_INTERVALS = {torch.float32: 256, torch.float64: 2048}
-_LAST_INTERVALS = {torch.float32: 2048, torch.float64: 8192}
-_TOLERANCE = {torch.float32: 4e-9, torch.float64: 1e-13}
+_GRIDS = {
+    torch.float32: ((256, 6), (512, 6), (1024, 6), (2048, 6)),
+    torch.float64: ((1024, 8), (4096, 6), (8192, 6)),
+}
+"""Intervals and coefficients of an interval, in the order in which they are tried. Order 8 needs a fourth derivative,
+which torch (2.13) gets wrong for networks with a layer norm; the bound finds that out, and order 6 serves them."""
+
+_TOLERANCE = {torch.float32: 4e-9, torch.float64: 2e-14}
 """Error between knots over the largest value. A tenth of the rounding of the type and less, because forces need the
 slope, whose error is larger by about the number of intervals per A."""
 
@@ -59,46 +65,41 @@ def tabulate(name: str, functions: list[RadialFunction], cutoff: float, dtype: t
     Raises:
         UnsupportedModuleError: the bound does not hold with the finest grid.
     """
-    intervals = _FIRST_INTERVALS[dtype]
-    while True:
-        rows = [_rows(function, cutoff, intervals) for function in functions]
+    for intervals, order in _GRIDS[dtype]:
+        rows = [_rows(function, cutoff, intervals, order) for function in functions]
         error = max(_error(table, f, cutoff, intervals) for table, f in zip(rows, functions, strict=True))
         if error <= _TOLERANCE[dtype]:
             return SplineTable(torch.cat(rows), intervals, cutoff, error)
-        if intervals >= _LAST_INTERVALS[dtype]:
-            raise UnsupportedModuleError(
-                f"the radial network of {name} cannot be tabulated: with {intervals} intervals its spline is off by "
-                f"{error:.1e} of the largest weight, more than {_TOLERANCE[dtype]:.0e}; use "
-                "mace_fast.convert, which keeps "
-                "the networks"
-            )
-        intervals *= 2
+    raise UnsupportedModuleError(
+        f"the radial network of {name} cannot be tabulated: with {intervals} intervals its spline is off by "
+        f"{error:.1e} of the largest weight, more than {_TOLERANCE[dtype]:.0e}; use mace_fast.convert, which keeps "
+        "the networks"
+    )
 
 
-def _rows(function: RadialFunction, cutoff: float, intervals: int) -> Tensor:
-    """Coefficients [intervals + 1, 6, n], the last row zero.
+def _rows(function: RadialFunction, cutoff: float, intervals: int, order: int) -> Tensor:
+    """Coefficients [intervals + 1, order, n], the last row zero.
 
-    Each quintic has the value and three derivatives of the function at the lower end, and its slope and curvature at
-    the upper end. The value there is not used: the difference of two nearly equal values would bring their rounding,
-    magnified by the number of intervals, into the slope.
+    With h = order / 2, each polynomial has the value and the first h derivatives of the function at the lower end, and
+    the first h - 1 derivatives at the upper end. The value there is not used: the difference of two nearly equal values
+    would bring their rounding, magnified by the number of intervals, into the slope.
     """
     r = torch.linspace(0, cutoff, intervals + 1, dtype=torch.float64)
     r[0] = _ZERO
     spacing = cutoff / intervals
-    values = _derivatives(function, r, 4)
-    knots = [value * spacing**n for n, value in enumerate(values)]
+    half = order // 2
+    knots = [value * spacing**n for n, value in enumerate(_derivatives(function, r, half + 1))]
     knots = [torch.cat([k[:-1], torch.where(torch.isfinite(k[-1:]), k[-1:], 0.0)]) for k in knots]
     if not all(bool(torch.isfinite(k).all()) for k in knots):
         raise UnsupportedModuleError(
             "a radial function is not finite between zero and the cutoff; it cannot be tabulated"
         )
-    c0, c1, c2, c3 = (knots[n][:-1] / factor for n, factor in enumerate((1, 1, 2, 6)))
-    slope = knots[1][1:] - c1 - 2 * c2 - 3 * c3
-    bend = knots[2][1:] - 2 * c2 - 6 * c3
-    c4 = (4 * slope - bend) / 4
-    c5 = (bend - 3 * slope) / 5
-    rows = [c0, c1, c2, c3, c4, c5]
-    table = torch.stack(rows, dim=1)
+    low = torch.stack([k[:-1] / math.factorial(n) for n, k in enumerate(knots)])
+    # Falling factorials: the n-th derivative of t^m at t = 1 is m (m - 1) ... (m - n + 1).
+    powers = torch.tensor([[math.perm(m, n) for m in range(order)] for n in range(1, half)], dtype=torch.float64)
+    rest = torch.stack([k[1:] for k in knots[1:half]]) - torch.einsum("nm,mkc->nkc", powers[:, : half + 1], low)
+    high = torch.einsum("mn,nkc->mkc", torch.linalg.inv(powers[:, half + 1 :]), rest)
+    table = torch.cat([low, high]).transpose(0, 1)
     return torch.cat([table, torch.zeros_like(table[:1])])
 
 

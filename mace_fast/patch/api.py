@@ -51,7 +51,7 @@ def convert(
         ValueError: a dtype that there are no kernels for.
     """
     wanted = _checked_dtype(dtype)
-    matches = _convertible(model, wanted)
+    matches = _convertible(model)
     fast = replace(copy.deepcopy(model), matches).to(device=device, dtype=wanted)
     if verify:
         check_equivalence(model, fast, structures=structures, progress=progress).raise_if_failed()
@@ -80,7 +80,7 @@ def patch(
         UnsupportedModuleError, VerificationError: as ``convert``; also if ``model`` itself would have to be
             replaced.
     """
-    matches = _convertible(model, None)
+    matches = _convertible(model)
     if any(m.name == "" and m.status == "replace" for m in matches):
         raise UnsupportedModuleError(
             f"a {type(model).__name__} cannot be patched in place, since it is itself what is replaced; use "
@@ -133,13 +133,19 @@ def describe(model: torch.nn.Module) -> str:
     return "\n".join(str(m) for m in match(model))
 
 
-def _convertible(model: torch.nn.Module, dtype: torch.dtype | None) -> list[Match]:
+def _convertible(model: torch.nn.Module) -> list[Match]:
     """The matches of a model that can be converted.
 
     Raises:
         UnsupportedModuleError: something is refused, or there is nothing to do and nothing done before, or
-            the model is in a precision without kernels, and stays in it.
+            the model is in a precision without kernels.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype not in _DTYPES.values():
+            raise UnsupportedModuleError(
+                f"{name} is {parameter.dtype}, and there are kernels for float32 and float64. The constants of "
+                "this model are rounded as coarsely: give it in the precision in which it was made"
+            )
     matches = match(model)
     refused = [f"{m.name or 'the model'} ({m.module_class}): {m.reason}" for m in matches if m.status == "refuse"]
     if refused:
@@ -147,12 +153,6 @@ def _convertible(model: torch.nn.Module, dtype: torch.dtype | None) -> list[Matc
     if not any(m.status == "replace" for m in matches) and not fast_modules(model):
         kept = "".join(f"\n  {m}" for m in matches)
         raise UnsupportedModuleError(f"there is nothing to replace in this {type(model).__name__}{kept}")
-    for name, parameter in model.named_parameters():
-        if dtype is None and parameter.is_floating_point() and parameter.dtype not in _DTYPES.values():
-            raise UnsupportedModuleError(
-                f"{name} is {parameter.dtype}, and there are kernels for float32 and float64: cast the model "
-                "first, or convert it with dtype='float32'"
-            )
     return matches
 
 

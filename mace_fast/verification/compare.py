@@ -87,9 +87,7 @@ def compare(
     else:
         atoms = with_every_head(reference, structures)
     if not atoms:
-        raise ValueError(
-            "no structures to compare on; leave out `structures` to use default_structures(reference)"
-        )
+        raise ValueError("no structures to compare on; leave out `structures` to use default_structures(reference)")
     report = EquivalenceReport(
         reference=type(reference).__name__,
         candidate=type(candidate).__name__,
@@ -179,9 +177,7 @@ class _Comparison:
             # A fault may show only in an element or a structure that is not among the few.
             for batch in (results.batches["few"], results.batches["all"]):
                 calls = results.calls(batch, list(names))
-                rows = compare_modules(
-                    calls, references, candidates, names, self.candidate.device, self.generator
-                )
+                rows = compare_modules(calls, references, candidates, names, self.candidate.device, self.generator)
                 self.report.modules = list(rows)
                 if agree or self.report.first_differing_module() is not None:
                     break
@@ -204,9 +200,7 @@ class _Comparison:
             reference(torch.float64)
             again = None
             try:
-                outputs = evaluate(
-                    self.candidate[dtype], batch, mode, dtype, self.candidate.device, cotangents
-                )
+                outputs = evaluate(self.candidate[dtype], batch, mode, dtype, self.candidate.device, cotangents)
                 if mode == MODES[0] and dtype == self.dtypes[-1]:
                     again = evaluate(self.candidate[dtype], batch, mode, dtype, self.candidate.device)
             except torch.cuda.OutOfMemoryError:
@@ -273,17 +267,13 @@ def _device_of(model: torch.nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def _checked_dtypes(
-    dtypes: tuple[torch.dtype, ...] | None, candidate: torch.nn.Module
-) -> tuple[torch.dtype, ...]:
+def _checked_dtypes(dtypes: tuple[torch.dtype, ...] | None, candidate: torch.nn.Module) -> tuple[torch.dtype, ...]:
     if dtypes is None:
         first = next(_floating_tensors(candidate), None)
         dtypes = (torch.float64,) if first is None else (torch.float64, first.dtype)
     wrong = [dtype for dtype in dtypes if dtype not in _DTYPES]
     if wrong or not dtypes:
-        raise ValueError(
-            f"models are compared in torch.float64 and torch.float32, not in {wrong or 'no dtype at all'}"
-        )
+        raise ValueError(f"models are compared in torch.float64 and torch.float32, not in {wrong or 'no dtype at all'}")
     return tuple(dict.fromkeys(dtypes))
 
 
@@ -297,14 +287,10 @@ def _checked_modes(modes: Sequence[str] | None) -> list[Mode]:
     return [mode for mode in MODES if mode.name in modes]
 
 
-def _checked_modules(
-    modules: Mapping[str, str] | None, reference: torch.nn.Module
-) -> Mapping[str, str] | None:
+def _checked_modules(modules: Mapping[str, str] | None, reference: torch.nn.Module) -> Mapping[str, str] | None:
     if modules is not None:
         known = dict(reference.named_modules(remove_duplicate=False))
         unknown = [name for name in modules if name not in known]
         if unknown:
-            raise ValueError(
-                f"the reference, a {type(reference).__name__}, has no modules named {', '.join(unknown)}"
-            )
+            raise ValueError(f"the reference, a {type(reference).__name__}, has no modules named {', '.join(unknown)}")
     return modules

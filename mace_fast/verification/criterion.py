@@ -120,16 +120,12 @@ def judge_float32(parts: Sequence[Part], typical: float = 0.0) -> Verdict:
     worst = int(np.argmax(candidate))
     scale = _rms([part.scale for part in parts], [1] * len(parts))
     passed = bool(np.isfinite(tolerance) and error <= tolerance)
-    return _explained(
-        Verdict(parts[worst].name, scale, error, reference_error, tolerance, passed), parts[worst]
-    )
+    return _explained(Verdict(parts[worst].name, scale, error, reference_error, tolerance, passed), parts[worst])
 
 
 def reference_error_float32(parts: Sequence[Part]) -> float:
     """Root mean square of the reference's relative errors."""
-    return _rms(
-        [_relative_error(part, part.reference) for part in parts], [part.oracle.numel() for part in parts]
-    )
+    return _rms([_relative_error(part, part.reference) for part in parts], [part.oracle.numel() for part in parts])
 
 
 def judge_tensors_float32(parts: Sequence[Part], *, independent: bool = True) -> Verdict:
@@ -146,9 +142,7 @@ def judge_tensors_float32(parts: Sequence[Part], *, independent: bool = True) ->
     for part, reference_error in zip(parts, own, strict=True):
         error = _relative_error(part, part.candidate)
         luck = _luck(_reference_noise(part), _MOST_LUCK_OF_FEW) if independent else _MOST_LUCK_OF_FEW
-        tolerance = (
-            FLOAT32_FACTOR * luck * max(reference_error, typical) + FLOAT32_FLOOR_ULPS * _EPS[torch.float32]
-        )
+        tolerance = FLOAT32_FACTOR * luck * max(reference_error, typical) + FLOAT32_FLOOR_ULPS * _EPS[torch.float32]
         passed = bool(np.isfinite(tolerance) and error <= tolerance)
         ratios.append(_ratio(error, tolerance) if np.isfinite(tolerance) else np.inf)
         verdicts.append(Verdict(part.name, part.scale, error, reference_error, tolerance, passed))

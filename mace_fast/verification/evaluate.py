@@ -110,9 +110,7 @@ class Cotangents:
         for name in ("energy", "forces", "virials", "stress"):
             value = outputs.get(name)
             if value is None:
-                raise ValueError(
-                    f"the model returned no {name} when called with training=True and compute_stress=True"
-                )
+                raise ValueError(f"the model returned no {name} when called with training=True and compute_stress=True")
             term = (getattr(self, name).to(value) * value).sum()
             total = term if total is None else total + term
         assert total is not None
@@ -153,9 +151,7 @@ def evaluate(
         results = _results(outputs, mode.ignored)
         if cotangents is not None and isinstance(model, torch.nn.Module):
             parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            gradients = torch.autograd.grad(
-                cotangents.loss(outputs), list(parameters.values()), allow_unused=True
-            )
+            gradients = torch.autograd.grad(cotangents.loss(outputs), list(parameters.values()), allow_unused=True)
             for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
                 value = torch.zeros_like(parameter) if gradient is None else gradient
                 results[f"{PARAMETER_GRADIENT}:{name}"] = value.detach().to(device="cpu", dtype=torch.float64)

@@ -82,8 +82,7 @@ def build_graphs(model: torch.nn.Module, structures: Sequence[ase.Atoms]) -> lis
     heads = model_heads(model)
     with default_dtype(torch.float64):
         return [
-            _build_graph(model, atoms, atoms.info.get("head", heads[0]), numbers, r_max, heads)
-            for atoms in structures
+            _build_graph(model, atoms, atoms.info.get("head", heads[0]), numbers, r_max, heads) for atoms in structures
         ]
 
 
@@ -101,9 +100,7 @@ def _build_graph(
     name = str(atoms.info.get("name", atoms.get_chemical_formula()))
     unknown = sorted(set(atoms.numbers.tolist()) - set(numbers.tolist()))
     if unknown:
-        raise StructureError(
-            f"structure {name!r} holds atomic numbers {unknown}, which the model was not trained on"
-        )
+        raise StructureError(f"structure {name!r} holds atomic numbers {unknown}, which the model was not trained on")
     if head not in heads:
         raise StructureError(f"structure {name!r} asks for head {head!r}; the model has {heads}")
     if len(atoms) == 0:
@@ -122,9 +119,7 @@ def _build_graph(
         pbc=pbc,
         head=head,
     )
-    data = AtomicData.from_config(
-        config, z_table=AtomicNumberTable(numbers.tolist()), cutoff=r_max, heads=heads
-    )
+    data = AtomicData.from_config(config, z_table=AtomicNumberTable(numbers.tolist()), cutoff=r_max, heads=heads)
     return Graph(
         name=name,
         formula=str(atoms.get_chemical_formula(empirical=len(atoms) > 12)),
@@ -144,8 +139,6 @@ def _embedding_inputs(model: torch.nn.Module, atoms: ase.Atoms, name: str) -> di
         value = source.get(key, source.get(alias, default))
         if value is None:
             where = "info" if spec["per"] == "graph" else "arrays"
-            raise StructureError(
-                f"the model takes {key!r}, which structure {name!r} lacks: set atoms.{where}[{key!r}]"
-            )
+            raise StructureError(f"the model takes {key!r}, which structure {name!r} lacks: set atoms.{where}[{key!r}]")
         inputs[key] = value
     return inputs

@@ -37,9 +37,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-def record_calls(
-    model: torch.nn.Module, batch: Batch, names: Sequence[str], device: torch.device
-) -> list[Call]:
+def record_calls(model: torch.nn.Module, batch: Batch, names: Sequence[str], device: torch.device) -> list[Call]:
     """The first call of each named module, in order of execution; ``model`` (float64) computes energies.
 
     Floating-point inputs are rounded to float32, so that every dtype is given the same numbers.
@@ -55,9 +53,7 @@ def record_calls(
 
     modules = dict(model.named_modules(remove_duplicate=False))
     handles = [
-        modules[name].register_forward_pre_hook(hook(name), with_kwargs=True)
-        for name in names
-        if name in modules
+        modules[name].register_forward_pre_hook(hook(name), with_kwargs=True) for name in names if name in modules
     ]
     try:
         with evaluation_context(torch.float64, device):
@@ -104,9 +100,7 @@ def compare_modules(
                 values = _run(modules[call.name], call, dtype, device, cotangents, generator)
             except torch.cuda.OutOfMemoryError:
                 raise
-            except (
-                Exception
-            ) as error:  # whatever a candidate raises is a difference, and goes into the report
+            except Exception as error:  # whatever a candidate raises is a difference, and goes into the report
                 yield row.failed(f"raises {type(error).__name__}: {error}")
                 continue
             yield row.judged(oracle, reference, values)
@@ -136,9 +130,7 @@ class _Row:
             if name not in oracle:
                 return self.failed("the reference does not return it", name)
             if oracle[name].shape != values[name].shape:
-                return self.failed(
-                    f"shape {tuple(values[name].shape)} instead of {tuple(oracle[name].shape)}", name
-                )
+                return self.failed(f"shape {tuple(values[name].shape)} instead of {tuple(oracle[name].shape)}", name)
         if not oracle:
             return self.failed("neither returns a tensor")
         if self.dtype == torch.float64:

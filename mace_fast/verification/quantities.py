@@ -63,16 +63,12 @@ def compare_quantities(
         yield _row(mode, quantity, dtype, verdict)
     names = [key for key in oracle if key.startswith(prefix)]
     problems = [
-        f"{key.removeprefix(prefix)}: {problem}"
-        for key in names
-        if (problem := _shape_problem(oracle, outputs, key))
+        f"{key.removeprefix(prefix)}: {problem}" for key in names if (problem := _shape_problem(oracle, outputs, key))
     ]
     if problems:
         yield _failed(mode, PARAMETER_GRADIENT, dtype, f"{len(problems)} differ, the first: {problems[0]}")
     elif any(oracle[key].numel() for key in names):
-        yield _row(
-            mode, PARAMETER_GRADIENT, dtype, _judge_gradients(names, prefix, dtype, reference, outputs)
-        )
+        yield _row(mode, PARAMETER_GRADIENT, dtype, _judge_gradients(names, prefix, dtype, reference, outputs))
 
 
 def reference_errors(batch: Batch, terms: TermScales, oracle: Outputs, float32: Outputs) -> dict[str, float]:
@@ -143,9 +139,7 @@ def _judge_gradients(
 def _errors(parts: list[Part]) -> list[float]:
     """Distance of the reference's float32 to its float64, part by part."""
     return [
-        float(torch.linalg.vector_norm(part.reference - part.oracle))
-        for part in parts
-        if part.reference is not None
+        float(torch.linalg.vector_norm(part.reference - part.oracle)) for part in parts if part.reference is not None
     ]
 
 

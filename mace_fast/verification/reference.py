@@ -50,9 +50,7 @@ class ReferenceResults:
         self.batches = batches
         everything = batches["all"]
         with self._running("edge forces"):
-            outputs, forces = evaluate_edge_forces(
-                self.copies[torch.float32], everything, torch.float32, device
-            )
+            outputs, forces = evaluate_edge_forces(self.copies[torch.float32], everything, torch.float32, device)
         self._terms = TermScales.of(everything, outputs, forces)
         self._main = self._results(MODES[0], None)
         self._errors: dict[str, float] | None = None

@@ -194,9 +194,7 @@ class EquivalenceReport:
     def _headline(self) -> Text:
         verdict = Text("PASSED", style="bold green") if self.passed else Text("FAILED", style="bold red")
         atoms, edges = sum(s.num_atoms for s in self.structures), sum(s.num_edges for s in self.structures)
-        tensors = f"{self.num_tensors} tensors" + (
-            f", {len(self.tensors)} differ" if self.tensors else " equal"
-        )
+        tensors = f"{self.num_tensors} tensors" + (f", {len(self.tensors)} differ" if self.tensors else " equal")
         return Text.assemble(
             "Equivalence ",
             verdict,
@@ -218,9 +216,7 @@ class EquivalenceReport:
                 worst.setdefault((row.quantity, row.dtype), []).append(row)
         for (quantity, dtype), rows in worst.items():
             more = f" (also in modes {', '.join(row.mode for row in rows[1:])})" if len(rows) > 1 else ""
-            lines.append(
-                f"{_quantity_name(quantity)}, {dtype}, mode {rows[0].mode}: {_details(rows[0])}{more}"
-            )
+            lines.append(f"{_quantity_name(quantity)}, {dtype}, mode {rows[0].mode}: {_details(rows[0])}{more}")
         if not lines:
             return []
         return [
@@ -231,32 +227,22 @@ class EquivalenceReport:
     def _footer(self) -> str:
         lines = [f"not compared: {what}" for what in self.not_compared]
         if self.repeatable is not None:
-            lines.append(
-                f"called twice, the candidate gave {'the same bits' if self.repeatable else 'different bits'}"
-            )
-        lines.append(
-            f"seed {self.seed}; " + ", ".join(f"{name} {value}" for name, value in self.environment.items())
-        )
+            lines.append(f"called twice, the candidate gave {'the same bits' if self.repeatable else 'different bits'}")
+        lines.append(f"seed {self.seed}; " + ", ".join(f"{name} {value}" for name, value in self.environment.items()))
         return "\n".join(lines)
 
     def _message(self) -> str:
-        lines = [
-            f"the candidate ({self.candidate}) does not compute what the reference ({self.reference}) does."
-        ]
+        lines = [f"the candidate ({self.candidate}) does not compute what the reference ({self.reference}) does."]
         if self.tensors:
             first = self.tensors[0]
-            lines.append(
-                f"{len(self.tensors)} parameters or buffers differ, the first: {first.name}: {first.problem}."
-            )
+            lines.append(f"{len(self.tensors)} parameters or buffers differ, the first: {first.name}: {first.problem}.")
         module = self.first_differing_module()
         if module is not None:
             kernel = f", kernel {module.kernel}" if module.kernel else ""
             where = f"{module.name} ({module.module_class}{kernel}), {module.dtype}"
             lines.append(f"The first module that differs is {where}: {_details(module)}.")
         elif self.modules:
-            lines.append(
-                "Each module by itself agrees: look between them (layout, arguments, heads, geometry)."
-            )
+            lines.append("Each module by itself agrees: look between them (layout, arguments, heads, geometry).")
         worst = next((row for row in self.failures() if isinstance(row, QuantityRow)), None)
         if worst is not None:
             which = f"{_quantity_name(worst.quantity)} ({worst.mode}, {worst.dtype})"

@@ -143,9 +143,7 @@ def _every_element(rng: np.random.Generator, numbers: NDArray[np.int64], r_max: 
     sites = max(len(numbers), 8)
     longest = int(np.ceil(sites ** (1.0 / 3.0))) + 2
     triples = [(a, b, c) for a in range(2, longest) for b in range(2, a + 1) for c in range(2, b + 1)]
-    counts = np.array(
-        min((abc for abc in triples if np.prod(abc) >= sites), key=lambda abc: (np.prod(abc), abc[0]))
-    )
+    counts = np.array(min((abc for abc in triples if np.prod(abc) >= sites), key=lambda abc: (np.prod(abc), abc[0])))
     cell = np.diag(counts * _spacing(r_max, _NEIGHBOURS_OF_EVERY_ELEMENT))
     fractional = _sites(rng, counts)
     species = np.concatenate([numbers, rng.choice(numbers, len(fractional) - len(numbers))])
@@ -177,9 +175,7 @@ def _crystal(
     return _atoms(rng, numbers, fractional @ cell, name, cell=cell, pbc=pbc)
 
 
-def _molecule(
-    rng: np.random.Generator, numbers: NDArray[np.int64], r_max: float, count: int, name: str
-) -> ase.Atoms:
+def _molecule(rng: np.random.Generator, numbers: NDArray[np.int64], r_max: float, count: int, name: str) -> ase.Atoms:
     sites = rng.permutation(_sites(rng, np.array([2, 2, 2])))[:count]
     return _atoms(rng, numbers, sites * 2.0 * 0.8 * _spacing(r_max, _NEIGHBOURS), name)
 
@@ -209,9 +205,7 @@ def _add_embeddings(
         count = 1 if spec["per"] == "graph" else len(atoms)
         if spec["type"] == "categorical":
             classes = int(spec["num_classes"])
-            values: NDArray[Any] = (rng.integers(0, classes, count) + index) % classes - int(
-                spec.get("offset", 0)
-            )
+            values: NDArray[Any] = (rng.integers(0, classes, count) + index) % classes - int(spec.get("offset", 0))
         else:
             values = rng.normal(size=(count, int(spec.get("in_dim", 1))))
         if spec["per"] == "graph":

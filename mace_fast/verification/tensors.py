@@ -15,9 +15,7 @@ class TensorDifference:
     problem: str
 
 
-def compare_tensors(
-    reference: torch.nn.Module, candidate: torch.nn.Module
-) -> tuple[int, list[TensorDifference]]:
+def compare_tensors(reference: torch.nn.Module, candidate: torch.nn.Module) -> tuple[int, list[TensorDifference]]:
     """Compare state dictionaries, and buffers that are not in them, key by key and bit by bit.
 
     Floating-point values of different precision are compared in the lower one.
@@ -36,18 +34,14 @@ def compare_tensors(
     # A candidate may keep tables of its own as buffers that are not saved; what is saved must be the
     # reference's.
     differences.extend(
-        TensorDifference(name, "not in the reference")
-        for name in theirs
-        if name not in ours and name in saved
+        TensorDifference(name, "not in the reference") for name in theirs if name not in ours and name in saved
     )
     return len(ours), differences
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     tensors = dict(model.named_buffers(remove_duplicate=False))
-    tensors.update(
-        (name, value) for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)
-    )
+    tensors.update((name, value) for name, value in model.state_dict().items() if isinstance(value, torch.Tensor))
     return tensors
 
 

@@ -51,9 +51,7 @@ class TermScales:
         atom_forces = torch.zeros_like(tensors["positions"])
         atom_forces.index_add_(0, sender, edge_forces).index_add_(0, receiver, -edge_forces)
         lever = tensors["positions"].square().sum(-1) * atom_forces.square().sum(-1)
-        virials = (
-            per_graph(vectors.square().sum(-1) * edge_force, owner[receiver]) + per_graph(lever, owner)
-        ).sqrt()
+        virials = (per_graph(vectors.square().sum(-1) * edge_force, owner[receiver]) + per_graph(lever, owner)).sqrt()
         volume = torch.linalg.det(tensors["cell"].view(-1, 3, 3)).abs()
         total = outputs["energy"]
         interaction = outputs.get("interaction_energy", torch.zeros_like(total))

@@ -1,11 +1,12 @@
 """Models and structures for tests and benchmarks, and a trained checkpoint.
 
-architectures()          the public foundation models, as data
-small_variants()         small architectures over every block and option of mace-torch
-build(name, ...)         a model of an architecture with random weights
-graph(atoms, model)      a model's input for one structure; batch() for several; copy_graph() for a second
-call diamond, water, alloy, molecules, edge_case_structures
-checkpoint_path()        the shipped trained model
+architectures()           the public foundation models, as data
+small_variants()          small architectures over every block and option of mace-torch
+build(architecture, ...)  a model with random weights
+graph(atoms, model)       a model's input for one structure; batch() for several; copy_graph() for a second call
+checkpoint_path()         the shipped trained model
+
+Structures: diamond, water, alloy, molecules, edge_case_structures.
 """
 
 from __future__ import annotations

@@ -79,9 +79,7 @@ def edge_case_structures(elements: Sequence[int], *, cutoff: float = 5.0, seed: 
     cases["left-handed cell"] = left
 
     # Shorter than the cutoff in one direction by a factor: atoms see their own images, several times over.
-    thin = Atoms(
-        species(2), positions=[[0.0, 0.0, 0.0], [0.9, 2.1, 2.4]], cell=[0.45 * cutoff, 6.3, 7.1], pbc=True
-    )
+    thin = Atoms(species(2), positions=[[0.0, 0.0, 0.0], [0.9, 2.1, 2.4]], cell=[0.45 * cutoff, 6.3, 7.1], pbc=True)
     thin.positions += rng.normal(scale=0.05, size=(2, 3))
     cases["thin cell"] = thin
 

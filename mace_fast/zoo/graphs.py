@@ -66,14 +66,10 @@ def batch(
     names = _heads(model)
     chosen = [head or names[0]] * len(structures) if head is None or isinstance(head, str) else list(head)
     if len(chosen) != len(structures):
-        raise StructureError(
-            f"{len(chosen)} heads for {len(structures)} structures: give one for each, or one name"
-        )
+        raise StructureError(f"{len(chosen)} heads for {len(structures)} structures: give one for each, or one name")
     elements = [int(number) for number in model.atomic_numbers]
     table = mace.tools.AtomicNumberTable(elements)
-    keys = mace.data.KeySpecification(
-        info_keys={"total_spin": "spin", "total_charge": "charge"}, arrays_keys={}
-    )
+    keys = mace.data.KeySpecification(info_keys={"total_spin": "spin", "total_charge": "charge"}, arrays_keys={})
     data = []
     with default_dtype(dtype or parameter.dtype):
         for index, (atoms, name) in enumerate(zip(structures, chosen, strict=True)):
@@ -81,11 +77,7 @@ def batch(
             if name not in names:
                 raise StructureError(f"no head {name!r} in the model; it has {', '.join(names)}")
             config = mace.data.config_from_atoms(atoms, key_specification=keys, head_name=name)
-            data.append(
-                mace.data.AtomicData.from_config(
-                    config, z_table=table, cutoff=float(model.r_max), heads=names
-                )
-            )
+            data.append(mace.data.AtomicData.from_config(config, z_table=table, cutoff=float(model.r_max), heads=names))
         collated: dict[str, torch.Tensor] = torch_geometric.Batch.from_data_list(data).to_dict()
     target = parameter.device if device is None else torch.device(device)
     return {key: value.to(target) for key, value in collated.items() if isinstance(value, torch.Tensor)}
@@ -109,9 +101,7 @@ def _check(atoms: Atoms, index: int, elements: list[int]) -> None:
     if unknown:
         missing = ", ".join(f"{chemical_symbols[z]} ({z})" for z in unknown)
         have = ", ".join(chemical_symbols[z] for z in elements)
-        raise StructureError(
-            f"structure {index} contains {missing}, which the model does not know; it knows {have}"
-        )
+        raise StructureError(f"structure {index} contains {missing}, which the model does not know; it knows {have}")
     if not np.isfinite(atoms.positions).all() or not np.isfinite(atoms.cell.array).all():
         raise StructureError(f"structure {index} has positions or a cell that are not finite numbers")
     lengths = np.linalg.norm(atoms.cell.array, axis=1)

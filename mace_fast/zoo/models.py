@@ -68,9 +68,7 @@ def build(
     if isinstance(architecture, str):
         known = architectures()
         if architecture not in known:
-            raise KeyError(
-                f"no architecture {architecture!r} in the zoo; there are {', '.join(sorted(known))}"
-            )
+            raise KeyError(f"no architecture {architecture!r} in the zoo; there are {', '.join(sorted(known))}")
         architecture = known[architecture]
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
@@ -125,16 +123,10 @@ def _arguments(architecture: Architecture, rng: np.random.Generator) -> dict[str
         "heads": list(architecture.heads),
     }
     if architecture.embedding_specs is not None:
-        arguments["embedding_specs"] = {
-            name: dict(spec) for name, spec in architecture.embedding_specs.items()
-        }
+        arguments["embedding_specs"] = {name: dict(spec) for name, spec in architecture.embedding_specs.items()}
     if architecture.model == "ScaleShiftMACE":
-        arguments["atomic_inter_scale"] = (
-            rng.uniform(0.8, 2.4, size=heads) if heads > 1 else rng.uniform(0.8, 2.4)
-        )
-        arguments["atomic_inter_shift"] = (
-            rng.normal(0.0, 0.3, size=heads) if heads > 1 else rng.normal(0.0, 0.3)
-        )
+        arguments["atomic_inter_scale"] = rng.uniform(0.8, 2.4, size=heads) if heads > 1 else rng.uniform(0.8, 2.4)
+        arguments["atomic_inter_shift"] = rng.normal(0.0, 0.3, size=heads) if heads > 1 else rng.normal(0.0, 0.3)
     return arguments
 
 
@@ -148,13 +140,9 @@ def _randomise(model: mace.modules.MACE) -> None:
             parameter.uniform_(8.0, 30.0)
         elif leaf == "beta":  # starts at 0, which hides the density network
             parameter.uniform_(0.5, 1.5)
-        elif (
-            "source_embedding" in name or "target_embedding" in name
-        ):  # start at 0.001: no species dependence
+        elif "source_embedding" in name or "target_embedding" in name:  # start at 0.001: no species dependence
             parameter.normal_()
-        elif parameter.numel() > 0 and bool(
-            (parameter == parameter.flatten()[0]).all()
-        ):  # layer norms, zero biases
+        elif parameter.numel() > 0 and bool((parameter == parameter.flatten()[0]).all()):  # layer norms, zero biases
             parameter.add_(torch.randn_like(parameter), alpha=0.25)
     radial_width = int(model.radial_embedding.out_dim)
     for block in model.modules():

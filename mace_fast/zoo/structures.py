@@ -1,5 +1,4 @@
-"""Structures for tests and benchmarks: crystals, water, alloys, molecules. Each is reproducible from its
-seed."""
+"""Structures for tests and benchmarks: crystals, water, alloys, molecules, each reproducible from its seed."""
 
 from __future__ import annotations
 
@@ -13,27 +12,10 @@ _WATER_VOLUME = 28.55
 """Cubic angstrom for each molecule, 1.05 g/cm3: the density at which the boxes have the edge counts of
 published benchmarks (10852 at 5 angstrom with 64 molecules, 169626 with 1000) to a percent."""
 
-_G2_MOLECULES = (
-    "H2O",
-    "NH3",
-    "CH4",
-    "C2H2",
-    "C2H4",
-    "C2H6",
-    "HCN",
-    "CO2",
-    "N2",
-    "H2CO",
-    "CH3OH",
-    "HCOOH",
-    "N2H4",
-    "C6H6",
-)
+_G2_MOLECULES = tuple("H2O NH3 CH4 C2H2 C2H4 C2H6 HCN CO2 N2 H2CO CH3OH HCOOH N2H4 C6H6".split())
 
 
-def diamond(
-    natoms: int, *, symbol: str = "C", constant: float = 3.567, rattle: float = 0.05, seed: int = 0
-) -> Atoms:
+def diamond(natoms: int, *, symbol: str = "C", constant: float = 3.567, rattle: float = 0.05, seed: int = 0) -> Atoms:
     """A cubic supercell of diamond with Gaussian displacements.
 
     With the defaults, 64, 1000 and 4096 atoms have exactly 10106, 157858 and 646600 edges at 6 angstrom:
@@ -117,9 +99,7 @@ def alloy(
         ValueError: no symbols, or a repeat below 1.
     """
     if not symbols or min(repeat) < 1:
-        raise ValueError(
-            f"an alloy needs symbols and repeats of at least 1, got {list(symbols)} and {repeat}"
-        )
+        raise ValueError(f"an alloy needs symbols and repeats of at least 1, got {list(symbols)} and {repeat}")
     rng = np.random.default_rng(seed)
     atoms = bulk(symbols[0], "fcc", a=constant, cubic=True) * repeat
     balanced = [symbols[i % len(symbols)] for i in range(len(atoms))]

@@ -53,8 +53,9 @@ _EMBEDDINGS = {
 
 
 def small_variants() -> dict[str, Architecture]:
-    """Small architectures (8 channels; H, C and O; milliseconds to evaluate), each different from the base
-    in one thing.
+    """Small architectures (8 channels; H, C and O), each different from the base in one thing.
+
+    Building one takes about a second, evaluating it some tens of milliseconds.
 
     They go into :func:`mace_fast.zoo.build`. Two facts of mace-torch limit what there can be:
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
+from .anonymise import anonymise
 from .structures import ELEMENTS
 from .training import ARCHITECTURE, NAME, log_file
 
@@ -16,7 +16,7 @@ LARGEST_FILE = 2_000_000
 
 
 def publish(work: Path, model: Path, destination: Path, seed: int, report: dict[str, Any]) -> None:
-    """Copy the model, and write training.log, errors.json and README.md beside it.
+    """Write the model without this machine's paths, and training.log, errors.json, README.md beside it.
 
     Raises:
         RuntimeError: the model is larger than may be shipped. Nothing is written then.
@@ -25,7 +25,7 @@ def publish(work: Path, model: Path, destination: Path, seed: int, report: dict[
     if size > LARGEST_FILE:
         raise RuntimeError(f"{model.name} has {size} bytes; at most {LARGEST_FILE} may be shipped")
     destination.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(model, destination / f"{NAME}.model")
+    anonymise(model, destination / f"{NAME}.model")
     log = log_file(work, seed).read_text(encoding="utf-8")
     (destination / "training.log").write_text(without_paths(log), encoding="utf-8")
     (destination / "errors.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

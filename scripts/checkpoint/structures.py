@@ -1,5 +1,4 @@
-"""Structures of the Cu-Ag-Au system labelled with ASE's EMT potential: what the shipped checkpoint learns
-from.
+"""Structures of Cu, Ag and Au labelled with ASE's EMT potential: what the shipped checkpoint learns from.
 
 The set has to carry a molecular dynamics run at 1000 K, so it reaches well beyond the crystal at rest: hot,
 strained, random, ordered, cut open, broken up, and pushed into the repulsive wall. Everything is drawn from
@@ -200,9 +199,7 @@ def _surfaces(rng: Generator) -> Iterator[Atoms]:
     """Slabs of random species, rattled or hot, with vacuum."""
     while True:
         build = (fcc111, fcc100, fcc110)[rng.integers(3)]
-        slab = build(
-            "Cu", size=(2, 2, int(rng.integers(3, 5))), a=3.9, vacuum=6.0, orthogonal=build is not fcc111
-        )
+        slab = build("Cu", size=(2, 2, int(rng.integers(3, 5))), a=3.9, vacuum=6.0, orthogonal=build is not fcc111)
         slab.symbols = rng.choice(ELEMENTS, len(slab), p=rng.dirichlet([0.8] * len(ELEMENTS)))
         constant = float(np.mean([LATTICE_CONSTANT[s] for s in slab.symbols]))
         slab.set_cell(slab.cell * constant / 3.9, scale_atoms=True)

@@ -50,7 +50,7 @@ class RadialSpline(NamedTuple):
     Attributes:
         table: [E] int32, which table an edge uses, or None when there is one.
         rows: [tables * (intervals + 1), weight_numel, order] on CUDA, [.., order, weight_numel] on the CPU:
-            coefficients of each interval in powers of the place inside it (0 to 1), order 4 (cubic) or 6 (quintic).
+            coefficients of each interval in powers of the place inside it (0 to 1), order even.
             The last row of a table is zero and serves all lengths from intervals / per_length on.
         intervals: intervals of a table.
         per_length: intervals per unit of length.

@@ -98,9 +98,8 @@ class ChannelwisePlan:
             fmas = sum(len(of_path(p.flat).uses) for p in segment.paths)
             lines.append(
                 f"segment {number}: {len(segment.paths)} paths, {segment.x_registers} x and "
-                f"{segment.z_registers} z values a thread, {forms} forms of y in shared memory, {fmas} multiply-adds an edge "
-                f"and channel, "
-                f"tile of {segment.tile} edges"
+                f"{segment.z_registers} z values a thread, {forms} forms of y in shared memory, "
+                f"{fmas} multiply-adds an edge and channel, tile of {segment.tile} edges"
             )
         return "\n".join(lines)
 

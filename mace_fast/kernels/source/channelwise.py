@@ -28,7 +28,7 @@ _SPLINE_SETUP = "    const mf::Spline<T> spline{radius, table, rows, intervals, 
 class Variant:
     """Which kernel of a description: the number kind, forward or backward, and which gradients backward writes.
 
-    ``order`` 4 or 6 takes the weights from piecewise polynomials of the edge length with that many coefficients; 0
+    ``order`` > 0 (even) takes the weights from piecewise polynomials of the edge length with that many coefficients; 0
     reads them from memory.
     """
 
