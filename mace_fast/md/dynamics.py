@@ -144,6 +144,7 @@ def integrator(atoms: Atoms, settings: MDSettings) -> MolecularDynamics:
         timestep=timestep,
         temperature_K=settings.temperature,
         friction=settings.friction / units.fs,
+        fixcm=False,  # holding the centre of mass samples another distribution; no result here depends on where it is
         rng=np.random.default_rng(settings.seed + 1),  # not the numbers that drew the velocities
     )
 
