@@ -177,6 +177,15 @@ def _wants(variant: Variant) -> str:
     return ", ".join("true" if want else "false" for want in (variant.want_x, variant.want_y, variant.want_w))
 
 
+def _launch_bounds(threads: int, segment: SegmentPlan, item_bytes: int, variant: Variant) -> str:
+    """What a kernel promises about its launch. ptxas otherwise gives up a few registers of the backward pass of splines
+    for one more block on a multiprocessor, and spills."""
+    words = segment.z_registers * item_bytes // 4
+    if threads != 128 or not (variant.backward and variant.order) or words > 40:
+        return str(threads)
+    return f"{threads}, {5 if words <= 16 else 3}"
+
+
 @lru_cache(maxsize=512)
 def cuda_source(description: ChannelwiseTensorProduct, item_bytes: int, variant: Variant) -> CudaSource:
     """One CUDA translation unit: a kernel ``<variant.entry>_<segment>`` for every segment of the plan."""
@@ -204,10 +213,11 @@ def cuda_source(description: ChannelwiseTensorProduct, item_bytes: int, variant:
         _SPLINE_SETUP,
     ]
     entries = []
-    bounds = layout.warps * 32 * layout.groups
+    threads = layout.warps * 32 * layout.groups
     for number in range(len(layout.segments)):
         entry = f"{variant.entry}_{number}"
         entries.append(entry)
+        bounds = _launch_bounds(threads, layout.segments[number], item_bytes, variant)
         segment = f"problem::segment{number}::Segment"
         if variant.backward:
             outputs = "const T* g, long long g_row, T* dx, T* dy, T* dw, long long edges, int accumulate"
