@@ -22,12 +22,11 @@ _RADIAL_GAIN = 30.0
 """Factor on the last radial layer of blocks that divide by the average number of neighbours. With
 mace-torch's own initial values their messages are near 0.004, and a wrong third-order term of the product
 would hide below float32's rounding; with it they are near 0.1, as they are in the blocks that normalise by
-density."""
+density. Not for the attention block: its radial network sees node features, so two layers of it would explode."""
 
 _NEIGHBOUR_NORMALISED = (
     mace.modules.interaction_classes["RealAgnosticInteractionBlock"],
     mace.modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
-    mace.modules.interaction_classes["RealAgnosticAttResidualInteractionBlock"],
 )
 
 
