@@ -144,9 +144,11 @@ def _randomise(model: mace.modules.MACE) -> None:
         elif parameter.numel() > 0 and bool((parameter == parameter.flatten()[0]).all()):  # layer norms, zero biases
             parameter.add_(torch.randn_like(parameter), alpha=0.25)
     radial_width = int(model.radial_embedding.out_dim)
+    # A distance transform makes the radial features, and so the messages, several times larger by itself.
+    gain = _RADIAL_GAIN / 5 if "distance_transform" in model.radial_embedding._modules else _RADIAL_GAIN
     for block in model.modules():
         if isinstance(block, _NEIGHBOUR_NORMALISED):
-            block.conv_tp_weights[-1].weight.mul_(_RADIAL_GAIN)
+            block.conv_tp_weights[-1].weight.mul_(gain)
         if isinstance(block, mace.modules.radial.RadialMLP):
             # Its input is a few radial functions beside hundreds of species features: make the distance
             # count.
