@@ -8,6 +8,7 @@ from oracles import assert_close, mace_product
 
 from mace_fast.inference.tables import SplineTable, tabulate
 from mace_fast.kernels import ChannelwiseTensorProduct, channelwise_tp_conv, edge_graph
+from mace_fast.kernels.ops import spline_conv as spline_ops
 from mace_fast.kernels.ops.spline_conv import FrozenGraph, RadialSpline, spline_conv
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -22,7 +23,7 @@ def functions(numel: int, tables: int) -> list:
 
 def on_device(table: SplineTable, pair: torch.Tensor | None, device: str, dtype: torch.dtype) -> RadialSpline:
     rows = table.rows.to(device, dtype)
-    rows = rows.transpose(1, 2).contiguous() if device == "cuda" else rows.contiguous()
+    rows = rows.transpose(1, 2).contiguous() if spline_ops.on_gpu(rows) else rows.contiguous()
     return RadialSpline(pair, rows, table.intervals, table.per_length)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mace_fast.inference.edges import SortedEdges
 from mace_fast.inference.tables import SplineTable
+from mace_fast.kernels.build import on_gpu
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, Path
 from mace_fast.kernels.description.linear import Linear
 from mace_fast.kernels.description.polynomial import WeightedPolynomial
@@ -59,7 +60,7 @@ class Rows:
     def of(table: SplineTable, columns: slice, like: Tensor) -> Rows:
         """Some columns of a table in the dtype, device and storage order that the kernels want."""
         rows = table.rows[:, :, columns].to(like.dtype)
-        if like.is_cuda:
+        if on_gpu(like):
             rows = rows.transpose(1, 2)
         return Rows(rows.contiguous().to(like.device), table.intervals, table.per_length)
 

@@ -218,6 +218,11 @@ def _parameter_sizes(driver: ModuleType, function: Any) -> tuple[int, ...] | Non
         sizes.append(size)
 
 
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether CUDA kernels serve this tensor. Ops ask here, so that tests can have the kernels emulated on a CPU."""
+    return tensor.is_cuda
+
+
 def load_cuda(source: CudaSource, device: torch.device | str) -> CudaModule:
     """Compile for the architecture of `device` (or find in the cache) and load, once per source and device.
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mace_fast.kernels.build import CudaModule, Int32, cpu_threads, load_cpu, load_cuda
+from mace_fast.kernels.build import CudaModule, Int32, cpu_threads, load_cpu, load_cuda, on_gpu
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
 from mace_fast.kernels.ops.graph import EdgeGraph
 from mace_fast.kernels.ops.segment import Segments, segment_sum
@@ -162,20 +162,20 @@ class _Launch(NamedTuple):
 
 
 @lru_cache(maxsize=512)
-def _cuda_launch(key: str, item_bytes: int, variant: Variant, device: int) -> _Launch:
+def _cuda_launch(key: str, item_bytes: int, variant: Variant, device: torch.device) -> _Launch:
     description = ChannelwiseTensorProduct.parse(key)
     layout = plan(description, item_bytes, variant.dual)
     segments = tuple(
         (f"{variant.entry}_{number}", _shared_bytes(layout, segment, variant))
         for number, segment in enumerate(layout.segments)
     )
-    module = load_cuda(cuda_source(description, item_bytes, variant), torch.device("cuda", device))
+    module = load_cuda(cuda_source(description, item_bytes, variant), device)
     return _Launch(module, layout.warps, layout.groups, layout.channel_blocks, segments)
 
 
 def launch_of(key: str, like: Tensor, variant: Variant) -> _Launch:
     """The loaded kernel that operands like this CUDA tensor use."""
-    return _cuda_launch(key, like.element_size(), variant, like.get_device())
+    return _cuda_launch(key, like.element_size(), variant, like.device)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -249,7 +249,7 @@ def run_kernel(
     spline: Spline = NO_SPLINE,
 ) -> None:
     """Run one kernel of a description; operands are contiguous, outputs as the entry point lists them."""
-    run = _run_cpu if operands[0].device.type == "cpu" else _run_cuda
+    run = _run_cuda if on_gpu(operands[0]) else _run_cpu
     run(key, variant, operands, tangents, graph, outputs, spline)
 
 
@@ -287,7 +287,7 @@ def _backward(
     want_w = want_w and description.weight_numel > 0
     variant = Variant(dual, True, want_x, want_y, want_w)
     channel_blocks = 1
-    if want_y and x.is_cuda:
+    if want_y and on_gpu(x):
         channel_blocks = launch_of(key, x, variant).channel_blocks
     empty = x.new_empty(0)
     make = x.new_empty if description.covers_x else x.new_zeros

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mace_fast.kernels.build import CudaModule, cpu_threads, load_cpu, load_cuda
+from mace_fast.kernels.build import CudaModule, cpu_threads, load_cpu, load_cuda, on_gpu
 from mace_fast.kernels.source.harmonics import BACKWARD, FORWARD, cpu_source, cuda_source
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
@@ -40,8 +40,8 @@ def edge_harmonics(vectors: Tensor, lmax: int) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=64)
-def _cuda(lmax: int, ctype: str, device: int) -> CudaModule:
-    return load_cuda(cuda_source(lmax, ctype), torch.device("cuda", device))
+def _cuda(lmax: int, ctype: str, device: torch.device) -> CudaModule:
+    return load_cuda(cuda_source(lmax, ctype), device)
 
 
 @lru_cache(maxsize=64)
@@ -60,9 +60,9 @@ def _forward(vectors: Tensor, lmax: int) -> tuple[Tensor, Tensor]:
     edges = vectors.shape[0]
     radius, y = vectors.new_empty(edges), vectors.new_empty((edges, (lmax + 1) ** 2))
     ctype = _CTYPES[vectors.dtype]
-    if vectors.is_cuda:
+    if on_gpu(vectors):
         if edges:
-            module = _cuda(lmax, ctype, vectors.get_device())
+            module = _cuda(lmax, ctype, vectors.device)
             module.launch(FORWARD, (-(-edges // _BLOCK), 1, 1), (_BLOCK, 1, 1), 0, (vectors, radius, y, edges))
     else:
         _function(lmax, ctype, FORWARD)(vectors.data_ptr(), radius.data_ptr(), y.data_ptr(), edges, cpu_threads())
@@ -76,10 +76,10 @@ def _backward(vectors: Tensor, dradius: Tensor, dy: Tensor, lmax: int) -> Tensor
     edges = vectors.shape[0]
     out = torch.empty_like(vectors)
     ctype = _CTYPES[vectors.dtype]
-    if vectors.is_cuda:
+    if on_gpu(vectors):
         if edges:
             arguments = (vectors, dy, dy.stride(0), dradius, dradius.stride(0), out, edges)
-            module = _cuda(lmax, ctype, vectors.get_device())
+            module = _cuda(lmax, ctype, vectors.device)
             module.launch(BACKWARD, (-(-edges // _BLOCK), 1, 1), (_BLOCK, 1, 1), 0, arguments)
     else:
         _function(lmax, ctype, BACKWARD)(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mace_fast.kernels.build import on_gpu
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
 from mace_fast.kernels.ops.channelwise import Spline, launch_of, run_kernel
 from mace_fast.kernels.ops.segment import Segments, segment_sum
@@ -109,11 +110,11 @@ def spline_conv(
 
 def _knot_shape(description: ChannelwiseTensorProduct, rows: Tensor) -> tuple[int, int]:
     numel, order = description.weight_numel, _order(rows)
-    return (order, numel) if rows.device.type == "cpu" else (numel, order)
+    return (numel, order) if on_gpu(rows) else (order, numel)
 
 
 def _order(rows: Tensor) -> int:
-    return rows.shape[1] if rows.device.type == "cpu" else rows.shape[2]
+    return rows.shape[2] if on_gpu(rows) else rows.shape[1]
 
 
 def _graph_for_kernels(graph: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
@@ -148,7 +149,7 @@ def _spline_conv_backward(x: Tensor, y: Tensor, radius: Tensor, g: Tensor, *rest
     graph, spline, key, want_x = rest[:5], rest[5:9], rest[9], rest[10]
     description = ChannelwiseTensorProduct.parse(key)
     variant = Variant(False, True, want_x, True, False, _order(spline[1]))
-    blocks = launch_of(key, x, variant).channel_blocks if x.is_cuda else 1
+    blocks = launch_of(key, x, variant).channel_blocks if on_gpu(x) else 1
     edges = radius.shape[0]
     # Zeroed, since edges that pad the list are never written.
     edge_grad = x.new_zeros((blocks, edges, description.y_dim + 1))

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from mace_fast.kernels.build import CudaModule, cpu_threads, load_cpu, load_cuda
+from mace_fast.kernels.build import CudaModule, cpu_threads, load_cpu, load_cuda, on_gpu
 from mace_fast.kernels.description.polynomial import SymmetricContraction, WeightedPolynomial
 from mace_fast.kernels.ops.checks import require_ids, require_like, require_shape, require_values
 from mace_fast.kernels.ops.segment import csr
@@ -189,7 +189,7 @@ def _run_node_kernel(
     out: Tensor,
 ) -> Tensor:
     nodes, _, channels = x.shape
-    if not x.is_cuda:
+    if not on_gpu(x):
         _require_known_species(f"symmetric_{kind}", species, weights.shape[0])
     if out.numel() == 0:
         return out
@@ -202,7 +202,7 @@ def _run_node_kernel(
         arrays.append(grad.contiguous())
     arrays.append(out)
     values, ids = _name(x), _name(species)
-    if x.is_cuda:
+    if on_gpu(x):
         module = _cuda_module(key, kind, tangent is not None, values, ids, x.device)
         grid = (-(-nodes * channels // THREADS), 1, 1)
         arguments = (*arrays, nodes, weights.shape[0], channels)
@@ -237,7 +237,7 @@ def _weights(x: Tensor, tangent: Tensor | None, species: Tensor, grad: Tensor, k
     p = _polynomial(key)
     dw = _weights_fake(x, tangent, species, grad, key, num_species)
     nodes, _, channels = x.shape
-    if not x.is_cuda:
+    if not on_gpu(x):
         _require_known_species("symmetric_weights", species, num_species)
     if dw.numel() == 0 or nodes == 0:
         return dw.zero_()
@@ -248,7 +248,7 @@ def _weights(x: Tensor, tangent: Tensor | None, species: Tensor, grad: Tensor, k
     arrays = [x.contiguous(), None if tangent is None else tangent.contiguous(), grad.contiguous()]
     arrays += [order, row_ptr, partial]
     values = _name(x)
-    if x.is_cuda:
+    if on_gpu(x):
         module = _cuda_module(key, "weights", tangent is not None, values, "int64", x.device)
         threads, shared = weights_block(p, values, channels)
         grid = (most_chunks, -(-channels // threads), 1)

@@ -1,0 +1,159 @@
+"""The CUDA kernels against the same definitions as on a GPU, run thread by thread on the CPU (tests/simt).
+
+Everything that a GPU would run is run: every gradient, numbers with tangents, many segments, splines, a whole model.
+Speed, races and the compiler of the device are left to scripts/test-gpu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import test_channelwise
+import test_harmonics
+import test_linear
+import test_segment_sum
+import test_spline_conv
+import test_symmetric_contraction
+import torch
+from oracles import mace_product, random_product
+from simt import EmulatedModule, LaunchError, emulated_gpu
+
+from mace_fast.inference import FrozenMACE
+from mace_fast.kernels.build import CudaSource
+from mace_fast.kernels.ops.graph import edge_graph
+from mace_fast.patch.api import convert
+from mace_fast.zoo import alloy, checkpoint_path, graph
+
+pytestmark = pytest.mark.filterwarnings("ignore:Warning only once for all operators:UserWarning")
+
+
+@pytest.fixture
+def gpu() -> Iterator[None]:
+    """CPU tensors go to CUDA kernels."""
+    with emulated_gpu():
+        yield
+
+
+@pytest.mark.parametrize(
+    ("lmax", "mul", "dtype"),
+    [(0, 32, torch.float32), (1, 33, torch.float32), (1, 64, torch.float64), (2, 5, torch.float32)],
+    ids=str,
+)
+def test_mace_products(seed: int, gpu: None, lmax: int, mul: int, dtype: torch.dtype) -> None:
+    """One warp, two, and lanes without a channel; L = 2 with tangents needs more than one segment."""
+    test_channelwise.check_all_orders(mace_product(lmax, mul), dtype, "cpu", nodes=5, edges=40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_random_products(rng: np.random.Generator, gpu: None, dtype: torch.dtype) -> None:
+    test_channelwise.check_all_orders(random_product(rng), dtype, "cpu", nodes=5, edges=40)
+
+
+def test_more_channels_than_a_block_takes(seed: int, gpu: None) -> None:
+    test_channelwise.check_all_orders(mace_product(0, 257), torch.float32, "cpu", nodes=3, edges=20)
+
+
+def test_without_graph(rng: np.random.Generator, gpu: None) -> None:
+    test_channelwise.test_without_graph(rng, "cpu", shared=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tables", [1, 3])
+def test_splines(seed: int, gpu: None, dtype: torch.dtype, tables: int) -> None:
+    test_spline_conv.test_equals_written_weights(seed, "cpu", dtype, tables)
+
+
+def test_splines_beyond_the_cutoff(seed: int, gpu: None) -> None:
+    test_spline_conv.test_beyond_the_cutoff_is_exactly_zero_and_nan_stays(seed, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_harmonics_of_edges(seed: int, gpu: None, dtype: torch.dtype) -> None:
+    test_harmonics.test_values_and_gradient(seed, "cpu", dtype, 3)
+
+
+@pytest.mark.parametrize(("rows", "num_segments", "dim"), test_segment_sum.SHAPES)
+def test_segment_sums(seed: int, gpu: None, rows: int, num_segments: int, dim: int) -> None:
+    test_segment_sum.test_sum_of_rows(seed, torch.float32, torch.int32, rows, num_segments, dim)
+
+
+def test_segment_with_most_of_the_rows(seed: int, gpu: None) -> None:
+    index = torch.randint(20, (9000,))
+    index[torch.rand(9000) < 0.8] = 7
+    values = torch.randn(9000, 6)
+    out = test_segment_sum.segment_sum(values, test_segment_sum.segments(index, 20))
+    assert test_segment_sum.close(out, test_segment_sum.reference(values, index, 20), values, index)
+
+
+@pytest.mark.parametrize("species", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_linear_maps(seed: int, gpu: None, dtype: torch.dtype, species: int) -> None:
+    d = test_linear.MACE_LIKE.without_bias
+    x = torch.randn(70, d.x_dim, dtype=torch.float64)
+    g = torch.randn(70, d.z_dim, dtype=torch.float64)
+    weight = torch.randn(species, d.weight_numel, dtype=torch.float64)
+    index = torch.randint(species, (70,))
+    leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+    z = test_linear.indexed_linear(leaves[0], leaves[1], index, d)
+    results = (z, *torch.autograd.grad(z, leaves, g.to(dtype)))
+    plain = [test_linear.linear(x[n : n + 1], weight[index[n]], d) for n in range(0, 70, 13)]
+    assert test_linear.error(z[::13], torch.cat(plain)) < 10 * test_linear.TOLERANCE[dtype]
+    oracle = [t.requires_grad_() for t in (x, weight)]
+    expected = torch.cat([test_linear.linear(oracle[0][n : n + 1], oracle[1][index[n]], d) for n in range(70)])
+    for out, reference in zip(results, (expected, *torch.autograd.grad(expected, oracle, g)), strict=True):
+        assert test_linear.error(out, reference) < 10 * test_linear.TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", test_symmetric_contraction.SHAPES[:2], ids=str)
+def test_symmetric_contractions(seed: int, gpu: None, shape: Any, dtype: torch.dtype) -> None:
+    test_symmetric_contraction.test_value_and_gradients_are_maces(seed, *shape, dtype)
+
+
+def test_a_whole_frozen_model(seed: int, gpu: None) -> None:
+    """The trained checkpoint, energies, forces and stress, through nothing but CUDA kernels."""
+    model = torch.load(checkpoint_path(), weights_only=False, map_location="cpu").double()
+    data = graph(alloy((1, 1, 1), seed=seed), model)
+    with torch.enable_grad():
+        expected = model(data, compute_stress=True)
+    out = FrozenMACE(convert(model, verify=False))(data, compute_stress=True)
+    for name in ("energy", "forces", "stress"):
+        scale = expected[name].abs().max()
+        assert (out[name] - expected[name]).abs().max() <= 1e-11 * scale, name
+
+
+def test_the_emulation_finds_faults() -> None:
+    """Lanes of one warp that wait in different places, and uninitialised shared memory."""
+    text = """
+    extern "C" __global__ void divergent(float* out) {
+        if (threadIdx.x < 7) __syncwarp();
+        else out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 1);
+        if (threadIdx.x == 3) __syncthreads();
+    }
+    extern "C" __global__ void unset(float* out) {
+        __shared__ float values[32];
+        if (threadIdx.x < 31) values[threadIdx.x] = 1.0f;
+        __syncthreads();
+        out[threadIdx.x] = values[31 - threadIdx.x];
+    }
+    """
+    module = EmulatedModule(CudaSource("faults", text, (), ("divergent", "unset")))
+    out = torch.zeros(32)
+    with pytest.raises(LaunchError, match="lane that has left|different places"):
+        module.launch("divergent", (1, 1, 1), (32, 1, 1), 0, (out,))
+    with pytest.raises(LaunchError, match="number of arguments"):
+        module.launch("unset", (1, 1, 1), (32, 1, 1), 0, (out, 3))
+
+
+def test_the_graph_stays_what_it_was(seed: int) -> None:
+    """Leaving the emulation gives the CPU its kernels back."""
+    sender, receiver = torch.randint(0, 4, (9,)), torch.randint(0, 4, (9,))
+    with emulated_gpu():
+        emulated = edge_graph(sender, receiver, 4, 4)
+    for a, b in zip(emulated, edge_graph(sender, receiver, 4, 4), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="index"):
+        test_segment_sum.segments(torch.tensor([0, 5]), 3)
