@@ -50,6 +50,27 @@ def test_harmonics_compile(arch: str, ctype: str) -> None:
 
 def test_plan_prints_its_decisions() -> None:
     text = str(describe_plan(mace_product(2, 128), torch.float32))
-    assert "17 paths" in text and "71 z values" in text and "4 warp(s) a receiver" in text
-    assert len(describe_plan(mace_product(2, 128), torch.float64).segments) == 2
+    assert "2 warp(s) of 2 channel(s) a thread for a receiver" in text
+    assert "3 segment(s) side by side" in text and "about 106 registers" in text
+    assert describe_plan(mace_product(2, 128), torch.float64).schedule.vector == 1
     assert not describe_plan(mace_product(1, 33), torch.float32).exact
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    ("lmax", "dtype"),
+    [(0, torch.float32), (1, torch.float32), (2, torch.float32), (0, torch.float64), (1, torch.float64)],
+    ids=str,
+)
+def test_production_shapes_never_write_a_gradient_twice(lmax: int, variant: Variant, dtype: torch.dtype) -> None:
+    """Segments of one gradient of x that follow one another would read and write it again; none was ever faster."""
+    role = variant.role
+    layout = describe_plan(mace_product(lmax, 128), dtype, backward=role.backward, dual=role.dual, spline=role.spline)
+    assert layout.together
+    assert layout.most_registers <= 245
+
+
+def test_a_product_of_high_degree_has_a_plan() -> None:
+    """Nothing fits, and yet something has to run."""
+    layout = describe_plan(mace_product(4, 32), torch.float64, backward=True, dual=True)
+    assert sum(len(segment.paths) for segment in layout.segments) == len(mace_product(4, 32).flat_paths())

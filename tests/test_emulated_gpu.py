@@ -22,8 +22,11 @@ from oracles import mace_product, random_product
 from simt import EmulatedModule, LaunchError, emulated_gpu
 
 from mace_fast.inference import FrozenMACE
+from mace_fast.kernels import channelwise_tp, channelwise_tp_conv
 from mace_fast.kernels.build import CudaSource
+from mace_fast.kernels.ops import channelwise
 from mace_fast.kernels.ops.graph import edge_graph
+from mace_fast.kernels.plan.channelwise import Schedule
 from mace_fast.patch.api import convert
 from mace_fast.zoo import alloy, checkpoint_path, graph
 
@@ -157,3 +160,48 @@ def test_the_graph_stays_what_it_was(seed: int) -> None:
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="index"):
         test_segment_sum.segments(torch.tensor([0, 5]), 3)
+
+
+@pytest.mark.parametrize(
+    ("vector", "dtype"), [(1, torch.float32), (2, torch.float32), (4, torch.float32), (2, torch.float64)], ids=str
+)
+def test_several_channels_a_thread(seed: int, gpu: None, vector: int, dtype: torch.dtype) -> None:
+    """Every width of load that a plan may choose, in every role."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_schedule(patch, Schedule(vector, 80, prefetch=vector != 2))
+        test_channelwise.check_all_orders(mace_product(1, 32 * vector), dtype, "cpu", nodes=5, edges=40)
+
+
+@pytest.mark.parametrize("registers", [9, 18, 80])
+def test_segments_side_by_side_and_one_after_the_other(seed: int, gpu: None, registers: int) -> None:
+    d = mace_product(2, 32)
+    with pytest.MonkeyPatch.context() as patch:
+        use_schedule(patch, Schedule(1, registers, prefetch=False))
+        test_channelwise.check_all_orders(d, torch.float32, "cpu", nodes=5, edges=40)
+
+
+def use_schedule(patch: pytest.MonkeyPatch, schedule: Schedule) -> None:
+    launch = channelwise._cuda_launch
+    patch.setattr(channelwise, "_cuda_launch", lambda *args: launch(*args[:4], schedule))
+
+
+@pytest.mark.parametrize("mul", [20, 64])
+@pytest.mark.parametrize("degrees", [(300,), (0, 40, 0, 131, 7, 33, 32, 0, 97, 1), (64, 64, 64), (2, 500, 2)], ids=str)
+def test_receivers_with_very_many_edges(seed: int, gpu: None, mul: int, degrees: tuple[int, ...]) -> None:
+    """Shared out to windows of 32: one or two receivers in a window, receivers that end where a window does."""
+    d = mace_product(1, mul)
+    receiver = torch.repeat_interleave(torch.arange(len(degrees)), torch.tensor(degrees))
+    receiver = receiver[torch.randperm(len(receiver))]
+    sender = torch.randint(0, len(degrees), receiver.shape)
+    edges = edge_graph(sender, receiver, len(degrees), len(degrees))
+    x, y, w = (
+        torch.randn(n, m, dtype=torch.float64, requires_grad=True)
+        for n, m in ((len(degrees), d.x_dim), (len(receiver), d.y_dim), (len(receiver), d.weight_numel))
+    )
+    z = channelwise_tp_conv(d, x, y, w, edges)
+    g = torch.randn_like(z)
+    expected = torch.zeros_like(z).index_add(0, receiver, channelwise_tp(d, x[sender], y, w))
+    torch.testing.assert_close(z, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+    gradients = torch.autograd.grad(z, (x, y, w), g)
+    for found, wanted in zip(gradients, torch.autograd.grad(expected, (x, y, w), g), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))

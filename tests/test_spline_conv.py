@@ -8,7 +8,6 @@ from oracles import assert_close, mace_product
 
 from mace_fast.inference.tables import SplineTable, tabulate
 from mace_fast.kernels import ChannelwiseTensorProduct, channelwise_tp_conv, edge_graph
-from mace_fast.kernels.ops import spline_conv as spline_ops
 from mace_fast.kernels.ops.spline_conv import FrozenGraph, RadialSpline, spline_conv
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -22,9 +21,7 @@ def functions(numel: int, tables: int) -> list:
 
 
 def on_device(table: SplineTable, pair: torch.Tensor | None, device: str, dtype: torch.dtype) -> RadialSpline:
-    rows = table.rows.to(device, dtype)
-    rows = rows.transpose(1, 2).contiguous() if spline_ops.on_gpu(rows) else rows.contiguous()
-    return RadialSpline(pair, rows, table.intervals, table.per_length)
+    return RadialSpline(pair, table.rows.to(device, dtype).contiguous(), table.intervals, table.per_length)
 
 
 def problem(d: ChannelwiseTensorProduct, device: str, dtype: torch.dtype, nodes: int, edges: int) -> tuple:
@@ -33,7 +30,7 @@ def problem(d: ChannelwiseTensorProduct, device: str, dtype: torch.dtype, nodes:
     r = (0.5 + (CUTOFF - 0.6) * torch.rand(edges, dtype=torch.float64)).to(device, dtype).requires_grad_()
     sender, receiver = (torch.randint(0, nodes, (edges,), device=device) for _ in range(2))
     graph = edge_graph(sender, receiver, nodes, nodes)
-    frozen = FrozenGraph(graph.sender, graph.order, graph.row, graph.sender_order, graph.sender_row)
+    frozen = FrozenGraph(graph.sender, graph.receiver, graph.order, graph.row, graph.sender_order, graph.sender_row)
     return x, y, r, graph, frozen
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from mace_fast.inference.edges import SortedEdges
 from mace_fast.inference.tables import SplineTable
-from mace_fast.kernels.build import on_gpu
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, Path
 from mace_fast.kernels.description.linear import Linear
 from mace_fast.kernels.description.polynomial import WeightedPolynomial
@@ -58,10 +57,8 @@ class Rows:
 
     @staticmethod
     def of(table: SplineTable, columns: slice, like: Tensor) -> Rows:
-        """Some columns of a table in the dtype, device and storage order that the kernels want."""
+        """Some columns of a table in the dtype and on the device that the kernels want."""
         rows = table.rows[:, :, columns].to(like.dtype)
-        if on_gpu(like):
-            rows = rows.transpose(1, 2)
         return Rows(rows.contiguous().to(like.device), table.intervals, table.per_length)
 
     def spline(self, edges: SortedEdges) -> RadialSpline:
@@ -92,10 +89,10 @@ class FrozenLayer:
         if self.first is not None:
             # Nothing flows back into features that are functions of the species, so no sum over senders is needed.
             up, sender = self.first, edges.sender_species
-            graph = FrozenGraph(sender, None, edges.row, None, None)
+            graph = FrozenGraph(sender, edges.receiver, None, edges.row, None, None)
         else:
             up = self.up(x)
-            graph = FrozenGraph(edges.sender, None, edges.row, edges.sender_order, edges.sender_row)
+            graph = FrozenGraph(edges.sender, edges.receiver, None, edges.row, edges.sender_order, edges.sender_row)
         message = spline_conv(self.conv, up, inputs.harmonics, inputs.radius, graph, self.weights.spline(edges))
         message = self.down(message)
         if self.density is not None:
@@ -113,7 +110,7 @@ class FrozenLayer:
     def _density_of(rows: Rows, inputs: EdgeInputs) -> Tensor:
         edges, radius = inputs.edges, inputs.radius
         one = radius.new_ones((1, 1))
-        graph = FrozenGraph(torch.zeros_like(edges.sender), None, edges.row, None, None)
+        graph = FrozenGraph(torch.zeros_like(edges.sender), edges.receiver, None, edges.row, None, None)
         return spline_conv(_DENSITY, one, radius.new_ones((radius.shape[0], 1)), radius, graph, rows.spline(edges))
 
 

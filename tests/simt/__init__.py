@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from mace_fast.inference import layers
 from mace_fast.kernels.build import CpuSource, CudaSource, Float32, Int32, load_cpu
-from mace_fast.kernels.ops import channelwise, harmonics, linear, linear_cuda, segment, spline_conv, symmetric
+from mace_fast.kernels.ops import channelwise, harmonics, linear, linear_cuda, segment, symmetric
 
 _HEADER = ("simt.h", (Path(__file__).parent / "simt.h").read_text())
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(16\) (\w[\w ]*?) memory\[\];")
@@ -114,7 +113,7 @@ def emulated_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (channelwise, harmonics, segment, symmetric, linear_cuda):
             patch.setattr(module, "load_cuda", load_emulated)
-        for module in (channelwise, harmonics, symmetric, spline_conv, layers):
+        for module in (channelwise, harmonics, symmetric):
             patch.setattr(module, "on_gpu", lambda tensor: True)
         for name, function in _OPS:
             library.impl(name, function, "CPU", allow_override=True)

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mace_fast.kernels.build import CudaModule, Int32, cpu_threads, load_cpu, load_cuda, on_gpu
+from mace_fast.kernels.build import CudaModule, cpu_threads, load_cpu, load_cuda, on_gpu
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
 from mace_fast.kernels.ops.graph import EdgeGraph
 from mace_fast.kernels.ops.segment import Segments, segment_sum
-from mace_fast.kernels.plan.channelwise import ChannelwisePlan, SegmentPlan, plan
-from mace_fast.kernels.source.channelwise import Variant, cpu_source, cuda_source
+from mace_fast.kernels.plan.channelwise import ChannelwisePlan, Role, Schedule, plan
+from mace_fast.kernels.source.channelwise import OVERFLOW_THREADS, Variant, cpu_source, cuda_source, overflow_source
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
 _GRAPH = (
@@ -53,6 +53,14 @@ NO_SPLINE: Spline = (None, None, None, 0, 0.0)
 _NO_GRAPH: Graph = (None,) * 7
 _TARGET_EDGES = 32
 """Edges that one group of warps should see at least: with fewer a receiver, it takes several receivers in a row."""
+_MANY_GROUPS = 512
+"""Groups of warps that keep a GPU busy; where receivers give fewer, their edges are shared out."""
+_MOST_EDGES = 512
+"""Edges of one receiver that a group works on in any case; the rest is shared out."""
+_SHARES = 1056
+"""Into how many groups the edges are shared out where there are few receivers: 8 for each multiprocessor of an H100."""
+_ALIGNMENT = 16
+"""Bytes; rows of operands are read in words of up to so many."""
 
 
 def channelwise_tp_conv(
@@ -146,36 +154,39 @@ def _cpu_function(key: str, item_bytes: int, variant: Variant) -> Callable[..., 
     return function
 
 
-def _shared_bytes(layout: ChannelwisePlan, segment: SegmentPlan, variant: Variant) -> int:
-    return layout.shared_bytes(segment, dual=variant.dual, backward=variant.want_y, order=variant.order)
-
-
 class _Launch(NamedTuple):
     """Everything about a CUDA kernel that does not change from call to call."""
 
     module: CudaModule
-    warps: int
-    groups: int
-    channel_blocks: int
-    segments: tuple[tuple[str, int], ...]
-    """(entry, bytes of shared memory)"""
+    layout: ChannelwisePlan
+    kernels: tuple[tuple[str, int, int], ...]
+    """(entry, bytes of shared memory, segments side by side), one after the other."""
+
+    @property
+    def parts(self) -> int:
+        """Shares of an edge's gradient of y, which are written apart and summed afterwards."""
+        return len(self.layout.segments) * self.layout.channel_blocks
 
 
 @lru_cache(maxsize=512)
-def _cuda_launch(key: str, item_bytes: int, variant: Variant, device: torch.device) -> _Launch:
+def _cuda_launch(
+    key: str, item_bytes: int, variant: Variant, device: torch.device, schedule: Schedule | None = None
+) -> _Launch:
     description = ChannelwiseTensorProduct.parse(key)
-    layout = plan(description, item_bytes, variant.dual)
-    segments = tuple(
-        (f"{variant.entry}_{number}", _shared_bytes(layout, segment, variant))
-        for number, segment in enumerate(layout.segments)
+    layout = plan(description, item_bytes, variant.role, schedule)
+    source = cuda_source(description, item_bytes, variant, schedule)
+    shared = [layout.shared_bytes(segment, want_y=variant.want_y) for segment in layout.segments]
+    side_by_side = [max(shared)] if layout.together else shared
+    kernels = tuple(
+        (entry, bytes_, len(shared) if layout.together else 1)
+        for entry, bytes_ in zip(source.entry_points, side_by_side, strict=True)
     )
-    module = load_cuda(cuda_source(description, item_bytes, variant), device)
-    return _Launch(module, layout.warps, layout.groups, layout.channel_blocks, segments)
+    return _Launch(load_cuda(source, device), layout, kernels)
 
 
-def launch_of(key: str, like: Tensor, variant: Variant) -> _Launch:
-    """The loaded kernel that operands like this CUDA tensor use."""
-    return _cuda_launch(key, like.element_size(), variant, like.device)
+def gradient_parts(key: str, like: Tensor, variant: Variant, schedule: Schedule | None = None) -> int:
+    """Into how many parts a backward kernel for operands like this writes the gradient of y: [parts, E, ...]."""
+    return _cuda_launch(key, like.element_size(), variant, like.device, schedule).parts if on_gpu(like) else 1
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -218,20 +229,54 @@ def _run_cuda(
     graph: Graph,
     outputs: tuple[Any, ...],
     spline: Spline,
+    schedule: Schedule | None,
 ) -> None:
     x, y, w = operands
-    launch = launch_of(key, x, variant)
+    launch = _cuda_launch(key, x.element_size(), variant, x.device, schedule)
+    layout = launch.layout
     receivers, edges = _sizes(y, graph)
     if receivers == 0:
         return
+    sender, receiver, order, row, _, _, poison = graph
     run = _run_length(receivers, edges)
-    grid = (-(-receivers // (run * launch.groups)), launch.channel_blocks, 1)
-    block = (launch.warps * 32, launch.groups, 1)
+    groups = -(-receivers // run)
+    limit = _edge_limit(groups, edges)
+    windows = -(-edges // limit) if row is not None and edges > limit else 0
+    grid = (-(-(groups + windows) // layout.groups), layout.channel_blocks)
+    block = (layout.warps * 32, layout.groups, 1)
     strides = _row_strides(x, y, w)
-    head = (graph[2], graph[3], graph[0], graph[6], receivers, run, x, y, w, *tangents, *strides, *spline)
-    for number, (entry, shared) in enumerate(launch.segments):
-        tail = (*outputs, edges, Int32(number > 0)) if variant.backward else outputs
-        launch.module.launch(entry, grid, block, shared, head + tail)
+    read = [_aligned(t) for t in (x, y, w, *tangents)]
+    head = (order, row, sender, receiver, poison, receivers, run, groups, limit, *read, *strides, *spline)
+    tail: tuple[Any, ...]
+    if variant.backward:
+        g, g_row, *gradients = outputs
+        tail = (_aligned(g), g_row, *gradients, edges)
+    else:
+        z, z_row = outputs
+        # Windows write what the product writes, no more.
+        make = z.new_empty if ChannelwiseTensorProduct.parse(key).covers_z else z.new_zeros
+        partial = make((windows, z_row)) if windows else None
+        tail = (z, partial, z_row)
+    for entry, shared, depth in launch.kernels:
+        launch.module.launch(entry, (*grid, depth), block, shared, head + tail)
+    if not variant.backward and windows:
+        overflow = load_cuda(overflow_source(x.element_size()), x.device)
+        columns = -(-z_row // OVERFLOW_THREADS)
+        sums = (z, partial, order, row, receiver, receivers, limit, z_row)
+        overflow.launch("overflow", (windows, columns, 1), (OVERFLOW_THREADS, 1, 1), 0, sums)
+
+
+def _aligned(tensor: Tensor | None) -> Tensor | None:
+    """The same numbers at an address that wide loads accept; only a view into the middle of a row is copied."""
+    return tensor.clone() if tensor is not None and tensor.data_ptr() % _ALIGNMENT else tensor
+
+
+def _edge_limit(groups: int, edges: int) -> int:
+    """Edges of a receiver beyond which they are shared out to windows of so many."""
+    if groups >= _MANY_GROUPS:
+        return _MOST_EDGES
+    share = -(-edges // _SHARES)
+    return max(_TARGET_EDGES, -(-share // _TARGET_EDGES) * _TARGET_EDGES)
 
 
 def _run_length(receivers: int, edges: int) -> int:
@@ -247,10 +292,14 @@ def run_kernel(
     graph: Graph,
     outputs: tuple[Any, ...],
     spline: Spline = NO_SPLINE,
+    schedule: Schedule | None = None,
 ) -> None:
-    """Run one kernel of a description; operands are contiguous, outputs as the entry point lists them."""
-    run = _run_cuda if on_gpu(operands[0]) else _run_cpu
-    run(key, variant, operands, tangents, graph, outputs, spline)
+    """Run one kernel of a description; operands are contiguous, outputs (z, its row length), or (g, its row length, dx,
+    dy in ``gradient_parts``, dw). ``schedule`` overrides what the plan chooses for a GPU."""
+    if on_gpu(operands[0]):
+        _run_cuda(key, variant, operands, tangents, graph, outputs, spline, schedule)
+    else:
+        _run_cpu(key, variant, operands, tangents, graph, outputs, spline)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -286,19 +335,17 @@ def _backward(
     want_x, want_y, want_w = wants
     want_w = want_w and description.weight_numel > 0
     variant = Variant(dual, True, want_x, want_y, want_w)
-    channel_blocks = 1
-    if want_y and on_gpu(x):
-        channel_blocks = launch_of(key, x, variant).channel_blocks
+    parts = gradient_parts(key, x, variant) if want_y else 1
     empty = x.new_empty(0)
     make = x.new_empty if description.covers_x else x.new_zeros
     x_of_edges = make((edges, description.x_dim)) if want_x else empty
-    y_parts = x.new_empty((channel_blocks, edges, description.y_dim)) if want_y else empty
+    y_parts = x.new_empty((parts, edges, description.y_dim)) if want_y else empty
     w_of_edges = x.new_empty((edges, description.weight_numel)) if want_w else empty
     if edges and (want_x or want_y or want_w):
         a, b, c = (_dense(t) for t in tangents)
         run_kernel(key, variant, (x, y, w), (a, b, c), graph, (g, description.z_dim, x_of_edges, y_parts, w_of_edges))
     dx = _sum_at_senders(x_of_edges, graph) if want_x else empty
-    dy = (y_parts[0] if channel_blocks == 1 else y_parts.sum(0)) if want_y else empty
+    dy = (y_parts[0] if parts == 1 else y_parts.sum(0)) if want_y else empty
     dw = (w_of_edges.sum(0) if w.dim() == 1 else w_of_edges) if wants[2] else empty
     if wants[2] and not want_w:
         dw = torch.zeros_like(w)
@@ -529,6 +576,21 @@ torch.library.register_autograd(
 )
 
 
-def describe_plan(description: ChannelwiseTensorProduct, dtype: torch.dtype, *, dual: bool = False) -> ChannelwisePlan:
-    """The plan that CUDA kernels of this description follow; ``print`` it to read the decisions."""
-    return plan(description, dtype.itemsize, dual)
+def describe_plan(
+    description: ChannelwiseTensorProduct,
+    dtype: torch.dtype,
+    *,
+    backward: bool = False,
+    dual: bool = False,
+    spline: bool = False,
+) -> ChannelwisePlan:
+    """The plan that a CUDA kernel of this description follows; ``print`` it to read the decisions.
+
+    Args:
+        description: what couples to what.
+        dtype: float32 or float64.
+        backward: of the gradients, rather than of the product.
+        dual: of the derivative along tangents, which double backward is made of.
+        spline: with weights interpolated from the edge length.
+    """
+    return plan(description, dtype.itemsize, Role(dual, backward, spline))

@@ -100,6 +100,8 @@ def edge_graph(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers
         sender = sender.clamp(0, num_senders - 1)
     order, row = _sort(receiver, num_receivers)
     sender_order, sender_row = _sort(sender, num_senders)
+    if num_receivers:
+        receiver = receiver.clamp(0, num_receivers - 1)
     return EdgeGraph(sender.to(torch.int32), receiver.to(torch.int32), order, row, sender_order, sender_row, poison)
 
 

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mace_fast.kernels.build import on_gpu
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
-from mace_fast.kernels.ops.channelwise import Spline, launch_of, run_kernel
+from mace_fast.kernels.ops.channelwise import Spline, gradient_parts, run_kernel
 from mace_fast.kernels.ops.segment import Segments, segment_sum
 from mace_fast.kernels.source.channelwise import Variant
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
-_GRAPH = "Tensor sender, Tensor? order, Tensor row, Tensor? sender_order, Tensor? sender_row"
+_GRAPH = "Tensor sender, Tensor receiver, Tensor? order, Tensor row, Tensor? sender_order, Tensor? sender_row"
 _SPLINE = "Tensor? table, Tensor rows, int intervals, float per_length"
 _LIBRARY.define(f"spline_conv(Tensor x, Tensor y, Tensor radius, {_GRAPH}, {_SPLINE}, str description) -> Tensor")
 _LIBRARY.define(
@@ -32,6 +31,7 @@ class FrozenGraph(NamedTuple):
 
     Attributes:
         sender: [E] int32, row of x that an edge gathers.
+        receiver: [E] int32, row of z that an edge adds to.
         order: [E] int32, edges by receiver; None where they lie in that order.
         row: [num_receivers + 1] int32.
         sender_order, sender_row: edges by sender, for the gradient of x; None where x has none. Where the list is
@@ -39,6 +39,7 @@ class FrozenGraph(NamedTuple):
     """
 
     sender: Tensor
+    receiver: Tensor
     order: Tensor | None
     row: Tensor
     sender_order: Tensor | None
@@ -50,8 +51,8 @@ class RadialSpline(NamedTuple):
 
     Attributes:
         table: [E] int32, which table an edge uses, or None when there is one.
-        rows: [tables * (intervals + 1), weight_numel, order] on CUDA, [.., order, weight_numel] on the CPU:
-            coefficients of each interval in powers of the place inside it (0 to 1), order even.
+        rows: [tables * (intervals + 1), order, weight_numel], coefficients of each interval in powers of the place
+            inside it (0 to 1), order even.
             The last row of a table is zero and serves all lengths from intervals / per_length on.
         intervals: intervals of a table.
         per_length: intervals per unit of length.
@@ -65,7 +66,7 @@ class RadialSpline(NamedTuple):
     @property
     def order(self) -> int:
         """Coefficients of an interval."""
-        return _order(self.rows)
+        return self.rows.shape[1]
 
 
 def spline_conv(
@@ -95,7 +96,7 @@ def spline_conv(
     for name, operand, shape in (
         ("x", x, (x.shape[0], description.x_dim)),
         ("y", y, (radius.shape[0], description.y_dim)),
-        ("rows", spline.rows, (spline.rows.shape[0], *_knot_shape(description, spline.rows))),
+        ("rows", spline.rows, (*spline.rows.shape[:2], description.weight_numel)),
     ):
         if operand.dtype != radius.dtype or operand.dtype not in (torch.float32, torch.float64):
             raise TypeError(
@@ -108,18 +109,8 @@ def spline_conv(
     return torch.ops.mace_fast.spline_conv(x, y, radius, *graph, *spline, description.key)
 
 
-def _knot_shape(description: ChannelwiseTensorProduct, rows: Tensor) -> tuple[int, int]:
-    numel, order = description.weight_numel, _order(rows)
-    return (numel, order) if on_gpu(rows) else (order, numel)
-
-
-def _order(rows: Tensor) -> int:
-    return rows.shape[2] if on_gpu(rows) else rows.shape[1]
-
-
 def _graph_for_kernels(graph: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
-    sender, order, row, sender_order, sender_row = graph
-    return sender, None, order, row, sender_order, sender_row, None
+    return (*graph, None)
 
 
 def _spline_for_kernels(radius: Tensor, spline: tuple[Any, ...]) -> Spline:
@@ -128,11 +119,11 @@ def _spline_for_kernels(radius: Tensor, spline: tuple[Any, ...]) -> Spline:
 
 
 def _spline_conv(x: Tensor, y: Tensor, radius: Tensor, *rest: Any) -> Tensor:
-    graph, spline, key = rest[:5], rest[5:9], rest[9]
+    graph, spline, key = rest[:6], rest[6:10], rest[10]
     description = ChannelwiseTensorProduct.parse(key)
     make = x.new_empty if description.covers_z else x.new_zeros
-    z = make((graph[2].shape[0] - 1, description.z_dim))
-    variant = Variant(False, False, order=_order(spline[1]))
+    z = make((graph[3].shape[0] - 1, description.z_dim))
+    variant = Variant(False, False, order=spline[1].shape[1])
     run_kernel(
         key,
         variant,
@@ -146,13 +137,13 @@ def _spline_conv(x: Tensor, y: Tensor, radius: Tensor, *rest: Any) -> Tensor:
 
 
 def _spline_conv_backward(x: Tensor, y: Tensor, radius: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    graph, spline, key, want_x = rest[:5], rest[5:9], rest[9], rest[10]
+    graph, spline, key, want_x = rest[:6], rest[6:10], rest[10], rest[11]
     description = ChannelwiseTensorProduct.parse(key)
-    variant = Variant(False, True, want_x, True, False, _order(spline[1]))
-    blocks = launch_of(key, x, variant).channel_blocks if on_gpu(x) else 1
+    variant = Variant(False, True, want_x, True, False, spline[1].shape[1])
+    parts = gradient_parts(key, x, variant)
     edges = radius.shape[0]
     # Zeroed, since edges that pad the list are never written.
-    edge_grad = x.new_zeros((blocks, edges, description.y_dim + 1))
+    edge_grad = x.new_zeros((parts, edges, description.y_dim + 1))
     make = x.new_empty if description.covers_x else x.new_zeros
     x_of_edges = make((edges, description.x_dim)) if want_x else x.new_empty(0)
     run_kernel(
@@ -164,11 +155,11 @@ def _spline_conv_backward(x: Tensor, y: Tensor, radius: Tensor, g: Tensor, *rest
         (g.contiguous(), description.z_dim, x_of_edges, edge_grad, None),
         _spline_for_kernels(radius.contiguous(), spline),
     )
-    sender, _, _, sender_order, sender_row = graph
+    sender, *_, sender_order, sender_row = graph
     dx = x.new_empty(0)
     if want_x:
         dx = segment_sum(x_of_edges, Segments(sender, sender_order, sender_row))[: x.shape[0]]
-    return dx, edge_grad[0] if blocks == 1 else edge_grad.sum(0)
+    return dx, edge_grad[0] if parts == 1 else edge_grad.sum(0)
 
 
 for _name, _function in (("spline_conv", _spline_conv), ("spline_conv_backward", _spline_conv_backward)):
@@ -178,18 +169,18 @@ for _name, _function in (("spline_conv", _spline_conv), ("spline_conv_backward",
 
 @torch.library.register_fake("mace_fast::spline_conv")
 def _(x: Tensor, y: Tensor, radius: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((rest[2].shape[0] - 1, ChannelwiseTensorProduct.parse(rest[9]).z_dim))
+    return x.new_empty((rest[3].shape[0] - 1, ChannelwiseTensorProduct.parse(rest[10]).z_dim))
 
 
 @torch.library.register_fake("mace_fast::spline_conv_backward")
 def _(x: Tensor, y: Tensor, radius: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x) if rest[10] else x.new_empty(0)
-    return dx, x.new_empty((radius.shape[0], ChannelwiseTensorProduct.parse(rest[9]).y_dim + 1))
+    dx = torch.empty_like(x) if rest[11] else x.new_empty(0)
+    return dx, x.new_empty((radius.shape[0], ChannelwiseTensorProduct.parse(rest[10]).y_dim + 1))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, y, radius, *graph = inputs[:8]
-    table, rows, ctx.intervals, ctx.per_length, ctx.key = inputs[8:]
+    x, y, radius, *graph = inputs[:9]
+    table, rows, ctx.intervals, ctx.per_length, ctx.key = inputs[9:]
     ctx.save_for_backward(x, y, radius, *graph, table, rows)
 
 
@@ -198,7 +189,7 @@ def _gradient(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     dx, edge = torch.ops.mace_fast.spline_conv_backward(
         x, y, radius, g, *rest, ctx.intervals, ctx.per_length, ctx.key, ctx.needs_input_grad[0]
     )
-    return (dx if ctx.needs_input_grad[0] else None, edge[:, :-1], edge[:, -1], *(None,) * 10)
+    return (dx if ctx.needs_input_grad[0] else None, edge[:, :-1], edge[:, -1], *(None,) * 11)
 
 
 torch.library.register_autograd("mace_fast::spline_conv", _gradient, setup_context=_setup)

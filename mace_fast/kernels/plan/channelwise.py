@@ -11,9 +11,15 @@ from functools import lru_cache
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, FlatPath
 from mace_fast.kernels.plan.coupling import of_path
 
-ACCUMULATOR_BYTES = {False: 80 * 4, True: 40 * 4}
-"""Bytes of outputs a thread keeps in registers; a product with more is cut into segments of output blocks. Operands
-with tangents take twice the registers, so less is left for outputs."""
+OUTPUT_REGISTERS = 80
+"""32-bit registers of outputs a thread may hold unless a schedule says otherwise; a product with more is cut into
+segments."""
+
+THREAD_REGISTERS = 240
+"""32-bit registers that a plan may count on; the hardware has 255, and the estimate errs by a tenth."""
+
+_BOOKKEEPING = 40
+"""Registers for addresses, counters and what the compiler keeps between loads, as seen in its reports."""
 
 SHARED_BYTES = 64 * 1024
 """Shared memory that one block may take, so that at least three blocks stay resident on sm_80 and later."""
@@ -69,76 +75,243 @@ class SegmentPlan:
 
 
 @dataclass(frozen=True)
-class ChannelwisePlan:
-    """Launch shape and segments for one description, element size and kind of number."""
+class Schedule:
+    """The free choices of a plan.
 
+    Attributes:
+        vector: neighbouring channels that a thread holds: 1, 2 or 4. What is the same for all channels (indices, forms
+            of y, the sum over channels for the gradient of y) is then done once for several, and loads are wider.
+        registers: 32-bit registers of outputs a thread may hold; decides how many segments there are.
+        prefetch: whether operands of the next edge are loaded while the current one is worked on.
+    """
+
+    vector: int = 1
+    registers: int = OUTPUT_REGISTERS
+    prefetch: bool = True
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a kernel computes, as far as its plan depends on it."""
+
+    dual: bool = False
+    backward: bool = False
+    spline: bool = False
+
+
+@dataclass(frozen=True)
+class ChannelwisePlan:
+    """Launch shape and segments for one description, element size and role.
+
+    ``together``: no two segments write the gradient of the same block of x, so one launch runs them all side by side.
+    Otherwise they are launched one after the other, and later ones add to what earlier ones wrote.
+    """
+
+    schedule: Schedule
+    role: Role
     warps: int
     groups: int
     channel_blocks: int
     exact: bool
     item_bytes: int
     segments: tuple[SegmentPlan, ...]
+    together: bool
     y_dim: int
 
-    def shared_bytes(self, segment: SegmentPlan, *, dual: bool, backward: bool, order: int = 0) -> int:
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return self.warps * 32 * self.groups
+
+    def shared_bytes(self, segment: SegmentPlan, *, want_y: bool) -> int:
         """Dynamic shared memory of a block, as the header's ``Shared`` lays it out."""
-        forms = segment.tile * segment.stride * (2 if dual else 1)
-        gradients = self.warps * segment.tile * (self.y_dim + (1 if order else 0)) if backward else 0
-        blend = segment.tile * 4 * order
-        return ((forms + gradients + blend) * self.item_bytes + 3 * segment.tile * 4) * self.groups
+        forms = segment.tile * segment.stride * (2 if self.role.dual else 1)
+        gradients = self.warps * segment.tile * (self.y_dim + self.role.spline) if want_y else 0
+        places = segment.tile if self.role.spline else 0
+        return ((forms + gradients + places) * self.item_bytes + 3 * segment.tile * 4) * self.groups
+
+    @property
+    def most_registers(self) -> int:
+        """Of the segments' estimates."""
+        return max(self.registers(segment) for segment in self.segments)
+
+    def registers(self, segment: SegmentPlan) -> int:
+        """An estimate of the 32-bit registers that a thread needs."""
+        words = self.item_bytes // 4 * (2 if self.role.dual else 1)
+        weights = len(segment.paths)
+        operands = segment.x_registers + weights * (2 if self.role.spline and self.role.backward else 1)
+        held = operands * (2 if self.schedule.prefetch else 1)
+        if self.role.backward:
+            # gradients of x, and of y for one chunk of 16; the outputs' gradients carry no tangent
+            outputs = segment.z_registers / (2 if self.role.dual else 1) + segment.x_registers
+            fixed = 16 * words
+        else:
+            outputs, fixed = segment.z_registers, 0
+        return int(words * self.schedule.vector * (outputs + held)) + fixed + _BOOKKEEPING
 
     def __str__(self) -> str:
+        many = "side by side" if self.together else "one after the other"
         lines = [
-            f"{self.warps} warp(s) a receiver x {self.groups} receiver(s) a block, "
-            f"{self.channel_blocks} channel block(s), "
-            f"{'all lanes busy' if self.exact else 'some lanes idle'}"
+            f"{self.warps} warp(s) of {self.schedule.vector} channel(s) a thread for a receiver x {self.groups} "
+            f"receiver(s) a block, {self.channel_blocks} channel block(s), "
+            f"{'all lanes busy' if self.exact else 'some lanes idle'}, {len(self.segments)} segment(s)"
+            + (f" {many}" if len(self.segments) > 1 else "")
         ]
         for number, segment in enumerate(self.segments):
             forms = sum(len(of_path(p.flat).entries) for p in segment.paths)
             fmas = sum(len(of_path(p.flat).uses) for p in segment.paths)
             lines.append(
                 f"segment {number}: {len(segment.paths)} paths, {segment.x_registers} x and "
-                f"{segment.z_registers} z values a thread, {forms} forms of y in shared memory, "
-                f"{fmas} multiply-adds an edge and channel, tile of {segment.tile} edges"
+                f"{segment.z_registers} z values a channel, {forms} forms of y in shared memory, "
+                f"{fmas} multiply-adds an edge and channel, tile of {segment.tile} edges, "
+                f"about {self.registers(segment)} registers"
             )
         return "\n".join(lines)
 
 
-@lru_cache(maxsize=256)
-def plan(description: ChannelwiseTensorProduct, item_bytes: int, dual: bool) -> ChannelwisePlan:
-    """The plan for one description. ``item_bytes`` is 4 or 8; ``dual`` plans for operands with tangents."""
+@lru_cache(maxsize=512)
+def plan(
+    description: ChannelwiseTensorProduct, item_bytes: int, role: Role, schedule: Schedule | None = None
+) -> ChannelwisePlan:
+    """The plan for one description and role. ``item_bytes`` is 4 or 8; without a schedule the best known is chosen.
+
+    Raises:
+        ValueError: the schedule's channels a thread do not fit the multiplicities.
+    """
+    if schedule is not None:
+        return _plan(description, item_bytes, role, schedule)
+    vectors = _vectors(description, item_bytes)
+    for preferred, limit in _preferred(role, item_bytes):
+        if preferred.vector in vectors:
+            layout = _plan(description, item_bytes, role, preferred)
+            alone = layout.warps == 1 and preferred.prefetch
+            if layout.together and layout.most_registers <= (max(limit, _ALONE) if alone else limit):
+                return layout
+    plain = [_plan(description, item_bytes, role, Schedule(1, budget, False)) for budget in (80, 54, 40, 27, 16)]
+    return next((p for p in plain if p.most_registers <= THREAD_REGISTERS), plain[-1])
+
+
+_ALONE = 200
+"""Registers up to which loading ahead pays where one warp has all channels of a receiver."""
+
+
+def _preferred(role: Role, item_bytes: int) -> tuple[tuple[Schedule, int], ...]:
+    """Schedules, best first, with the registers up to which each is so.
+
+    Read off benchmarks/results/h100-tune.json. Segments that have to follow one another lost everywhere, and so did
+    most that spill. Sums over channels (backward) gain from many registers and few segments; what only streams weights
+    (forward) from many resident warps, or from loading ahead where that is cheap; splines from wide loads.
+    """
+    if item_bytes == 8:
+        if role.backward and role.spline:
+            return ((Schedule(2, 80, False), 210),)
+        if role.backward:
+            return ((Schedule(1, 80, True), THREAD_REGISTERS),)
+        return ((Schedule(2, 80, False), 130),)
+    if role.spline and role.backward:
+        return ((Schedule(4, 120, False), THREAD_REGISTERS), (Schedule(2, 80, False), 210))
+    if role.spline:
+        return ((Schedule(2, 80, True), 100), (Schedule(4, 40, False), 110), (Schedule(2, 80, True), 180))
+    if role.backward and role.dual:
+        return ((Schedule(2, 80, False), 160), (Schedule(1, 80, True), 245))
+    if role.backward:
+        return ((Schedule(2, 80, True), THREAD_REGISTERS), (Schedule(1, 80, True), THREAD_REGISTERS))
+    if role.dual:
+        return ((Schedule(2, 80, True), 160),)
+    return ((Schedule(2, 80, True), 100), (Schedule(2, 54, False), 130))
+
+
+def _vectors(description: ChannelwiseTensorProduct, item_bytes: int) -> tuple[int, ...]:
+    """Channels a thread may hold, most first: loads of up to 16 bytes, rows that begin on such a boundary."""
+    muls = [mul for blocks in (description.x, description.z) for mul, _ in blocks]
+    plain = all(mul == 1 for mul, _ in description.y)
+    most = max(path.mul for path in description.flat_paths())
+    return tuple(
+        count
+        for count in (4, 2, 1)
+        if count == 1
+        or (plain and count * item_bytes <= 16 and all(m % count == 0 for m in muls) and most >= 32 * count)
+    )
+
+
+def _plan(description: ChannelwiseTensorProduct, item_bytes: int, role: Role, schedule: Schedule) -> ChannelwisePlan:
+    if schedule.vector not in _vectors(description, item_bytes):
+        raise ValueError(f"{schedule.vector} channels a thread do not fit the multiplicities of {description.x}")
     flat = description.flat_paths()
-    channels = max(path.mul for path in flat)
+    channels = -(-max(path.mul for path in flat) // schedule.vector)
     warps = min(-(-channels // 32), MAX_WARPS)
     channel_blocks = -(-channels // (warps * 32))
     groups = 4 if warps == 1 else 1
-    exact = all(path.mul == warps * 32 * channel_blocks for path in flat)
+    exact = all(path.mul == warps * 32 * channel_blocks * schedule.vector for path in flat)
     quad = 16 // item_bytes
+    limit = schedule.registers * 4 // (item_bytes * schedule.vector)
+    split, together = _split(flat, limit)
+    form_bytes = item_bytes * (2 if role.dual else 1)
     written: set[int] = set()
     segments = []
-    for paths in _split(flat, ACCUMULATOR_BYTES[dual] // item_bytes):
-        form_bytes = item_bytes * (2 if dual else 1)
+    for paths in split:
         segments.append(_segment(paths, warps, quad, groups, form_bytes, description.y_dim, item_bytes, written))
         written.update(slot.offset for slot in segments[-1].x)
-    return ChannelwisePlan(warps, groups, channel_blocks, exact, item_bytes, tuple(segments), description.y_dim)
+    return ChannelwisePlan(
+        schedule,
+        role,
+        warps,
+        groups,
+        channel_blocks,
+        exact,
+        item_bytes,
+        tuple(segments),
+        together or not role.backward,
+        description.y_dim,
+    )
 
 
-def _split(flat: tuple[FlatPath, ...], limit: int) -> list[list[tuple[int, FlatPath]]]:
-    """Paths grouped so that the output blocks of a group fit the limit; paths of one output block stay together."""
-    blocks: dict[int, list[tuple[int, FlatPath]]] = {}
+_Paths = list[tuple[int, FlatPath]]
+
+
+def _split(flat: tuple[FlatPath, ...], limit: int) -> tuple[list[_Paths], bool]:
+    """Paths grouped so that the output blocks of a group fit the limit, and whether groups share no block of x.
+
+    Paths of one block of x, or of z, stay together where they fit. Where they do not, only those of one block of z do.
+    """
+    families = _packed(_families(flat), limit)
+    if all(_width(paths) <= limit for paths in families):
+        return families, True
+    blocks: dict[int, _Paths] = {}
     for index, path in enumerate(flat):
         blocks.setdefault(path.z_offset, []).append((index, path))
-    groups: list[list[tuple[int, FlatPath]]] = []
-    room = 0
-    total = sum(2 * paths[0][1].l3 + 1 for paths in blocks.values())
+    total = sum(_width(paths) for paths in blocks.values())
     count = -(-total // limit)
-    target = min(limit, -(-total // count) + 6)  # even shares: a small last segment reads x and y for little work
-    for paths in blocks.values():
-        size = 2 * paths[0][1].l3 + 1
+    # Even shares: a small last segment reads x and y for little work.
+    return _packed(list(blocks.values()), min(limit, -(-total // count) + 6)), False
+
+
+def _families(flat: tuple[FlatPath, ...]) -> list[_Paths]:
+    """Paths that share blocks of x or z, directly or through others."""
+    families: list[tuple[set[int], set[int], _Paths]] = []
+    for index, path in enumerate(flat):
+        x, z, paths = {path.x_offset}, {path.z_offset}, [(index, path)]
+        for family in [f for f in families if f[0] & x or f[1] & z]:
+            families.remove(family)
+            x, z, paths = x | family[0], z | family[1], family[2] + paths
+        families.append((x, z, paths))
+    return [paths for _, _, paths in families]
+
+
+def _width(paths: _Paths) -> int:
+    return sum({path.z_offset: 2 * path.l3 + 1 for _, path in paths}.values())
+
+
+def _packed(parts: list[_Paths], limit: int) -> list[_Paths]:
+    """Neighbouring parts joined while their outputs fit the limit."""
+    groups: list[_Paths] = []
+    room = 0
+    for paths in parts:
+        size = _width(paths)
         if not groups or room < size:
             groups.append([])
-            room = target
-        groups[-1].extend(paths)
+            room = limit
+        groups[-1] = groups[-1] + paths
         room -= size
     return groups
 

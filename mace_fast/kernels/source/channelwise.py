@@ -10,11 +10,13 @@ from functools import lru_cache
 
 from mace_fast.kernels.build import CpuSource, CudaSource
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
-from mace_fast.kernels.plan.channelwise import ChannelwisePlan, PlannedPath, SegmentPlan, Slot, plan
+from mace_fast.kernels.plan.channelwise import ChannelwisePlan, PlannedPath, Role, Schedule, SegmentPlan, Slot, plan
 from mace_fast.kernels.plan.coupling import of_path
 from mace_fast.kernels.source.text import header, indent
 
 CPU_TILE = 16
+
+OVERFLOW_THREADS = 128
 
 CUDA_OPTIONS = ("-default-device",)
 """NVRTC 13.0 takes the body of a generic lambda for host code without it; later versions do not."""
@@ -38,6 +40,11 @@ class Variant:
     want_y: bool = False
     want_w: bool = False
     order: int = 0
+
+    @property
+    def role(self) -> Role:
+        """What the plan needs to know."""
+        return Role(self.dual, self.backward, self.order > 0)
 
     @property
     def entry(self) -> str:
@@ -75,7 +82,7 @@ def _path_struct(path: PlannedPath, name: str) -> str:
     for i, j, k, value in structure.triples:
         products.setdefault((i, k), []).append((j, value))
     for (i, k), uses in products.items():
-        gradient.append(f"{{ const N p = x[{i}] * g[{k}];")
+        gradient.append(f"{{ const auto p = across(x[{i}], g[{k}]);")
         gradient.extend(f"  dy[{y(j)}] += p * {literal(value)};" for j, value in uses)
         gradient.append("}")
     constants = {
@@ -107,10 +114,10 @@ def _path_struct(path: PlannedPath, name: str) -> str:
         "    template <class N, class M_> MF_INLINE static void forward(const N* x, const M_* m, N* z) {",
         *indent(forward, 8),
         "    }",
-        "    template <class N, class V> MF_INLINE static void transpose(const V* g, const N* m, N* t) {",
+        "    template <class G, class M_, class N> MF_INLINE static void transpose(const G* g, const M_* m, N* t) {",
         *indent(transpose, 8),
         "    }",
-        "    template <class N, class V> MF_INLINE static void couple_gradient(const N* x, const V* g, N* dy) {",
+        "    template <class N, class G, class Y_> MF_INLINE static void couple_gradient(const N* x, const G* g, Y_* dy) {",
         *indent(gradient, 8),
         "    }",
         "};",
@@ -154,6 +161,8 @@ def _segment_struct(
         "WARPS": layout.warps,
         "ORDER": order,
         "OUT": description.y_dim + (1 if order else 0),
+        "VEC": layout.schedule.vector,
+        "X_ROW": description.x_dim,
     }
     parts += [
         "struct Segment {",
@@ -162,7 +171,7 @@ def _segment_struct(
         "    typedef X_ X; typedef Z_ Z; typedef Paths_ Paths;",
         "    static constexpr int " + ", ".join(f"{key} = {value}" for key, value in constants.items()) + ";",
         f"    static constexpr bool EXACT = {'true' if layout.exact else 'false'};",
-        f"    static constexpr bool PREFETCH = {'false' if order else 'true'};",
+        f"    static constexpr bool PREFETCH = {'true' if layout.schedule.prefetch else 'false'};",
         "};",
         f"}}  // namespace segment{number}",
     ]
@@ -177,73 +186,84 @@ def _wants(variant: Variant) -> str:
     return ", ".join("true" if want else "false" for want in (variant.want_x, variant.want_y, variant.want_w))
 
 
-def _launch_bounds(threads: int, segment: SegmentPlan, item_bytes: int, variant: Variant) -> str:
-    """What a kernel promises about its launch. ptxas otherwise gives up a few registers of the backward pass of splines
-    for one more block on a multiprocessor, and spills."""
-    words = segment.z_registers * item_bytes // 4
-    if threads != 128 or not (variant.backward and variant.order) or words > 40:
-        return str(threads)
-    return f"{threads}, {5 if words <= 16 else 3}"
-
-
 @lru_cache(maxsize=512)
-def cuda_source(description: ChannelwiseTensorProduct, item_bytes: int, variant: Variant) -> CudaSource:
-    """One CUDA translation unit: a kernel ``<variant.entry>_<segment>`` for every segment of the plan."""
-    layout = plan(description, item_bytes, variant.dual)
+def cuda_source(
+    description: ChannelwiseTensorProduct, item_bytes: int, variant: Variant, schedule: Schedule | None = None
+) -> CudaSource:
+    """One CUDA translation unit: the kernel ``<variant.entry>_0`` for all segments of the plan, side by side; or one for
+    each segment, ``_0``, ``_1`` ..., where they have to follow one another."""
+    layout = plan(description, item_bytes, variant.role, schedule)
     ctype = _ctype(item_bytes)
     dual = "true" if variant.dual else "false"
     text = [
         '#include "channelwise_conv.cuh"',
         f"namespace problem {{\ntypedef {ctype} T;",
+        "using mf::across;",
         "template <class V> MF_INLINE V zero(V) { return V(); }",
         *(_segment_struct(i, s, layout, description, s.tile, variant.order) for i, s in enumerate(layout.segments)),
         "}  // namespace problem",
+        "typedef problem::T T;",
     ]
-    operands = (
+    parameters = (
+        "const int* order, const int* row, const int* sender, const int* receiver, const float* poison, "
+        "long long receivers, long long run, long long groups, long long limit, "
         "const T* x, const T* y, const T* w, const T* x_tangent, const T* y_tangent, const T* w_tangent, "
-        "long long x_row, long long y_row, long long w_row"
-    )
-    graph = (
-        "const int* order, const int* row, const int* sender, const float* poison, long long receivers, long long run"
+        f"long long x_row, long long y_row, long long w_row, {_SPLINE}"
     )
     setup = [
-        "    const mf::Graph graph{order, row, sender, poison, receivers, run};",
+        "    const mf::Graph graph{order, row, sender, receiver, poison, receivers, run, groups, limit};",
         "    const mf::Operands<T> in{x, y, w, x_row, y_row, w_row}, "
         "tangent{x_tangent, y_tangent, w_tangent, x_row, y_row, w_row};",
         _SPLINE_SETUP,
     ]
-    entries = []
-    threads = layout.warps * 32 * layout.groups
-    for number in range(len(layout.segments)):
-        entry = f"{variant.entry}_{number}"
-        entries.append(entry)
-        bounds = _launch_bounds(threads, layout.segments[number], item_bytes, variant)
-        segment = f"problem::segment{number}::Segment"
+    numbers = range(len(layout.segments))
+    launches = [list(numbers)] if layout.together else [[number] for number in numbers]
+    entries = tuple(f"{variant.entry}_{launch}" for launch in range(len(launches)))
+    for entry, members in zip(entries, launches, strict=True):
         if variant.backward:
-            outputs = "const T* g, long long g_row, T* dx, T* dy, T* dw, long long edges, int accumulate"
-            call = (
-                f"mf::conv_backward<{segment}, {dual}, {_wants(variant)}>"
-                "(graph, in, tangent, spline, g, g_row, dx, dy, dw, edges, accumulate != 0);"
-            )
+            outputs = "const T* g, long long g_row, T* dx, T* dy, T* dw, long long edges"
         else:
-            outputs = "T* z, long long z_row"
-            call = f"mf::conv_forward<{segment}, {dual}>(graph, in, tangent, spline, z, z_row);"
+            outputs = "T* z, T* partial, long long z_row"
+        calls = []
+        for place, number in enumerate(members):
+            segment = f"problem::segment{number}::Segment"
+            if variant.backward:
+                call = (
+                    f"mf::conv_backward<{segment}, {dual}, {_wants(variant)}>(graph, in, tangent, spline, g, g_row, "
+                    f"dx, dy, dw, edges, {number} * (long long)gridDim.y);"
+                )
+            else:
+                call = f"mf::conv_forward<{segment}, {dual}>(graph, in, tangent, spline, z, partial, z_row);"
+            calls.append(f"    if (blockIdx.z == {place}) {call}")
         text += [
-            f'extern "C" __global__ void __launch_bounds__({bounds}) {entry}({graph}, {operands}, {_SPLINE}, {outputs}) {{'.replace(
-                "T*", f"{ctype}*"
-            ),
+            f'extern "C" __global__ void __launch_bounds__({layout.threads}) {entry}({parameters}, {outputs}) {{',
             *(line.replace("<T>", f"<{ctype}>") for line in setup),
-            f"    {call}",
+            *calls,
             "}",
         ]
     headers = tuple((name, header(name)) for name in ("number.h", "spline.h", "channelwise_conv.cuh"))
-    return CudaSource(variant.entry, "\n".join(text) + "\n", headers, tuple(entries), CUDA_OPTIONS)
+    return CudaSource(variant.entry, "\n".join(text) + "\n", headers, entries, CUDA_OPTIONS)
+
+
+@lru_cache(maxsize=8)
+def overflow_source(item_bytes: int) -> CudaSource:
+    """The kernel ``overflow`` that adds the sums of windows to receivers with very many edges."""
+    ctype = _ctype(item_bytes)
+    text = f"""
+#include "overflow.cuh"
+extern "C" __global__ void __launch_bounds__({OVERFLOW_THREADS}) overflow({ctype}* z, const {ctype}* partial,
+        const int* order, const int* row, const int* receiver, long long receivers, long long limit, long long z_row) {{
+    mf::add_windows(z, partial, order, row, receiver, receivers, limit, z_row);
+}}
+"""
+    headers = tuple((name, header(name)) for name in ("number.h", "overflow.cuh"))
+    return CudaSource(f"overflow_{ctype}", text, headers, ("overflow",), CUDA_OPTIONS)
 
 
 @lru_cache(maxsize=512)
 def cpu_source(description: ChannelwiseTensorProduct, item_bytes: int, variant: Variant) -> CpuSource:
     """One C++ translation unit with the extern "C" function ``<variant.entry>``. The CPU needs no segments."""
-    layout = plan(description, item_bytes, variant.dual)
+    layout = plan(description, item_bytes, Role(), Schedule())
     ctype = _ctype(item_bytes)
     dual = "true" if variant.dual else "false"
     merged = _one_segment(layout)
@@ -257,6 +277,7 @@ def cpu_source(description: ChannelwiseTensorProduct, item_bytes: int, variant: 
     text = [
         '#include "channelwise_conv.h"',
         f"namespace problem {{\ntypedef {ctype} T;",
+        "using mf::across;",
         "template <class V> MF_INLINE V zero(V) { return V{}; }",
         _segment_struct(0, merged, layout, description, CPU_TILE, variant.order),
         "}  // namespace problem",

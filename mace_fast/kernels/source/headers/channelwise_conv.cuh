@@ -2,10 +2,15 @@
 //
 //     z[n, p, k, u] = sum over edges e into n of  w[e, p, u] * sum_i x[sender(e), i, u] * M[e, p, i, k]
 //
-// A thread holds one channel u; a group of warps works on the receivers [first, last) of a run, one after the other,
-// with all outputs of a receiver in registers, so that nothing is added atomically and every sum has a fixed order.
-// M does not depend on the channel: once per tile of edges it is computed with one lane per edge and kept in shared
-// memory, from where all channels read it as a broadcast.
+// A thread holds one channel u or a few neighbouring ones; a group of warps works on the receivers [first, last) of a
+// run, one after the other, with all outputs of a receiver in registers, so that nothing is added atomically and every
+// sum has a fixed order. M does not depend on the channel: once per tile of edges it is computed with one lane per edge
+// and kept in shared memory, from where all channels read it as a broadcast.
+//
+// A receiver with more than `limit` edges would keep one group busy while others idle. Its first `limit` edges are worked
+// on as above; for the others every stretch of `limit` positions in the sorted list of edges, a window, has a group of its
+// own. A window holds such edges of one receiver at most, since a second one would have to begin, and have `limit` edges
+// more, inside it. The sums of windows are added in order by overflow.cuh.
 //
 // `Segment` is generated: it lists the blocks of x and z, the paths with their straight-line code, and the sizes.
 // With DUAL the operands carry tangents and the results are the tangents of the results, nothing else.
@@ -28,9 +33,12 @@ struct Graph {
     const int* order;
     const int* row;
     const int* sender;
+    const int* receiver;
     const float* poison;  // 0, or NaN when an index was out of range: every result then is NaN
     index_t receivers;
-    index_t run;  // receivers that one group works through
+    index_t run;     // receivers that one group works through
+    index_t groups;  // that work through receivers; those after them have windows
+    index_t limit;   // edges of a receiver beyond which they are left to windows
     MF_INLINE index_t begin(index_t n) const { return row ? row[n] : n; }
     MF_INLINE index_t edge(index_t position) const { return order ? order[position] : position; }
     MF_INLINE index_t sender_of(index_t e) const { return sender ? sender[e] : e; }
@@ -45,7 +53,7 @@ template <class T> struct Operands {
 template <class T> struct Spline {
     const T* radius;   // [edges]
     const int* table;  // [edges], which of several tables; null when there is one
-    const T* rows;     // [tables * (intervals + 1), NUMEL, ORDER]
+    const T* rows;     // [tables * (intervals + 1), ORDER, NUMEL]
     index_t intervals;
     T per_length;  // intervals per unit of length
 };
@@ -54,10 +62,46 @@ template <class T> struct Pack;
 template <> struct Pack<float> { typedef float4 type; static constexpr int size = 4; };
 template <> struct Pack<double> { typedef double2 type; static constexpr int size = 2; };
 
-template <class N> struct Make;
-template <> struct Make<float> { MF_INLINE static float of(float v, float) { return v; } };
-template <> struct Make<double> { MF_INLINE static double of(double v, double) { return v; } };
-template <class T> struct Make<Dual<T>> { MF_INLINE static Dual<T> of(T v, T d) { return {v, d}; } };
+// What a thread holds of a row: one channel, or neighbouring ones that are loaded and stored together.
+template <class T, int COUNT> struct ChannelsOf { typedef Vec<T, COUNT> type; };
+template <class T> struct ChannelsOf<T, 1> { typedef T type; };
+
+template <class T> MF_INLINE T load(const T* at, T) { return __ldg(at); }
+template <class T> MF_INLINE void store(T* at, T v) { *at = v; }
+MF_INLINE Vec<float, 2> load(const float* at, Vec<float, 2>) {
+    const float2 p = __ldg(reinterpret_cast<const float2*>(at));
+    return {p.x, p.y};
+}
+MF_INLINE Vec<float, 4> load(const float* at, Vec<float, 4>) {
+    const float4 p = __ldg(reinterpret_cast<const float4*>(at));
+    return {p.x, p.y, p.z, p.w};
+}
+MF_INLINE Vec<double, 2> load(const double* at, Vec<double, 2>) {
+    const double2 p = __ldg(reinterpret_cast<const double2*>(at));
+    return {p.x, p.y};
+}
+MF_INLINE void store(float* at, Vec<float, 2> v) { *reinterpret_cast<float2*>(at) = make_float2(v.v[0], v.v[1]); }
+MF_INLINE void store(float* at, Vec<float, 4> v) {
+    *reinterpret_cast<float4*>(at) = make_float4(v.v[0], v.v[1], v.v[2], v.v[3]);
+}
+MF_INLINE void store(double* at, Vec<double, 2> v) { *reinterpret_cast<double2*>(at) = make_double2(v.v[0], v.v[1]); }
+
+template <class T> MF_INLINE void fill(T& v, T value) { v = value; }
+template <class T, int C> MF_INLINE void fill(Vec<T, C>& v, T value) {
+#pragma unroll
+    for (int i = 0; i < C; ++i) v.v[i] = value;
+}
+template <class V, class T> MF_INLINE void fill(Dual<V>& v, T value) {
+    fill(v.v, value);
+    fill(v.d, value);
+}
+
+template <class N> struct Make {
+    template <class V> MF_INLINE static N of(V v, V) { return v; }
+};
+template <class V> struct Make<Dual<V>> {
+    MF_INLINE static Dual<V> of(V v, V d) { return {v, d}; }
+};
 
 template <class T> MF_INLINE T result_of(T v) { return v; }
 template <class T> MF_INLINE T result_of(Dual<T> v) { return v.d; }
@@ -134,8 +178,8 @@ MF_INLINE void couple_tile(const Shared<S, DUAL>& shared, const Graph& graph, co
 }
 
 // Broadcast read of the forms of one path and edge.
-template <class Path, class N, class S, bool DUAL>
-MF_INLINE void read_forms(const Shared<S, DUAL>& shared, int slot, N (&m)[Path::PADDED]) {
+template <class Path, class M, class S, bool DUAL>
+MF_INLINE void read_forms(const Shared<S, DUAL>& shared, int slot, M (&m)[Path::PADDED]) {
     typedef typename S::T T;
     typedef typename Pack<T>::type P;
     T value[Path::PADDED], tangent[Path::PADDED];
@@ -148,115 +192,145 @@ MF_INLINE void read_forms(const Shared<S, DUAL>& shared, int slot, N (&m)[Path::
                 *reinterpret_cast<const P*>(shared.dforms + slot * S::STRIDE + Path::M + q);
     }
 #pragma unroll
-    for (int q = 0; q < Path::PADDED; ++q) m[q] = Make<N>::of(value[q], DUAL ? tangent[q] : T(0));
+    for (int q = 0; q < Path::PADDED; ++q) m[q] = Make<M>::of(value[q], DUAL ? tangent[q] : T(0));
 }
 
-// x and w of one edge, for one channel; with SLOPE also the derivative of w along its interval.
+// x and w of one edge, for the channels from u on; with SLOPE also the derivative of w along its interval.
 template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
     typedef typename S::T T;
-    typedef typename NumberOf<DUAL, T>::type N;
+    typedef typename ChannelsOf<T, S::VEC>::type C;
+    typedef typename NumberOf<DUAL, C>::type N;
     N x[S::NX], w[S::NW];
-    T slope[SLOPE ? S::NW : 1];
+    C slope[SLOPE ? S::NW : 1];
 
-    MF_INLINE void load(const Operands<T>& in, const Operands<T>& tangent, const Spline<T>& spline,
-                        const Shared<S, DUAL>& shared, int slot, int u) {
-        const index_t e = shared.edge[slot], s = shared.sender[slot];
+    MF_INLINE static C read(const T* at, bool active) { return active ? load(at, C()) : C(); }
+
+    MF_INLINE void load_all(const Operands<T>& in, const Operands<T>& tangent, const Spline<T>& spline,
+                            const Shared<S, DUAL>& shared, int slot, int u) {
+        const index_t s = shared.sender[slot] * index_t(S::X_ROW) + u;
+        const index_t e = shared.edge[slot] * in.w_row;
         S::X::each([&](auto block) {
             typedef decltype(block) Block;
             const bool active = S::EXACT || u < Block::MUL;
 #pragma unroll
             for (int i = 0; i < Block::DIM; ++i) {
-                const index_t at = s * in.x_row + Block::OFFSET + i * Block::MUL + u;
-                x[Block::BASE + i] = Make<N>::of(active ? __ldg(in.x + at) : T(0),
-                                                 DUAL && tangent.x && active ? __ldg(tangent.x + at) : T(0));
+                const index_t at = s + Block::OFFSET + i * Block::MUL;
+                x[Block::BASE + i] =
+                    Make<N>::of(read(in.x + at, active), read(tangent.x + at, DUAL && tangent.x && active));
             }
         });
+        const T* row = nullptr;
+        T t = T(0);
+        if constexpr (S::ORDER > 0) {
+            row = spline.rows + shared.interval[slot] * index_t(S::ORDER * S::NUMEL) + u;
+            t = shared.place[slot];
+        }
         S::Paths::each([&](auto path) {
             typedef decltype(path) Path;
             const bool active = S::EXACT || u < Path::MUL;
             const index_t column = Path::W + index_t(u) * Path::W_STRIDE;
             if constexpr (!Path::WEIGHTED) {
-                w[Path::INDEX] = Make<N>::of(T(1), T(0));
-                if (SLOPE) slope[Path::INDEX] = T(0);
+                C one;
+                fill(one, T(1));
+                w[Path::INDEX] = Make<N>::of(one, C());
+                if (SLOPE) slope[Path::INDEX] = C();
             } else if constexpr (S::ORDER > 0) {
-                T c[S::ORDER];
+                C c[S::ORDER];
 #pragma unroll
-                for (int q = 0; q < S::ORDER; ++q) c[q] = T(0);
-                if (active)
-                    read_coefficients<S::ORDER>(
-                        spline.rows + (shared.interval[slot] * index_t(S::NUMEL) + column) * S::ORDER, c);
-                const T t = shared.place[slot];
-                w[Path::INDEX] = Make<N>::of(spline_value<S::ORDER>(c, t), T(0));
+                for (int q = 0; q < S::ORDER; ++q) c[q] = read(row + q * S::NUMEL + (column - u), active);
+                w[Path::INDEX] = Make<N>::of(spline_value<S::ORDER>(c, t), C());
                 if (SLOPE) slope[Path::INDEX] = spline_slope<S::ORDER>(c, t);
             } else {
-                const index_t at = e * in.w_row + column;
-                w[Path::INDEX] = Make<N>::of(active ? __ldg(in.w + at) : T(0),
-                                             DUAL && tangent.w && active ? __ldg(tangent.w + at) : T(0));
+                w[Path::INDEX] = Make<N>::of(read(in.w + e + column, active),
+                                             read(tangent.w + e + column, DUAL && tangent.w && active));
             }
         });
     }
 };
 
-// Walks the edges of the receivers of this group: start(n), edge(slot, operands) for each edge, finish(n), and
-// after each tile flush(count). Operands of the next edge are loaded before the current one is worked on.
+// Walks the edges of this group: start(n), edge(slot, operands) for each edge, finish(n, window), and after each tile
+// flush(count). The window is -1 for the receivers of a run. Operands of the next edge are loaded before the current one
+// is worked on.
 template <class S, bool DUAL, bool SLOPE, class Start, class Edge, class Finish, class Flush>
 MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Operands<typename S::T>& in,
                     const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline, int u, Start start,
                     Edge edge, Finish finish, Flush flush) {
     const index_t group = index_t(blockIdx.x) * blockDim.y + threadIdx.y;
-    const index_t first = group * graph.run;
-    if (first >= graph.receivers) return;
-    const index_t last = first + graph.run < graph.receivers ? first + graph.run : graph.receivers;
-    index_t position = graph.begin(first), tile_begin = position, tile_end = position;
-    const index_t end = graph.begin(last);
+    const index_t window = group < graph.groups ? -1 : group - graph.groups;
+    index_t first, last, position, end;
+    if (window < 0) {
+        first = group * graph.run;
+        last = first + graph.run < graph.receivers ? first + graph.run : graph.receivers;
+        position = graph.begin(first);
+        end = graph.begin(last);
+    } else {
+        const index_t opens = window * graph.limit;
+        if (!graph.receiver || opens >= graph.begin(graph.receivers)) return;  // fills the last block
+        first = graph.receiver[graph.edge(opens)];
+        last = first + 1;
+        const index_t rest = graph.begin(first) + graph.limit;
+        position = opens > rest ? opens : rest;
+        end = graph.begin(last);
+        if (opens + graph.limit < end) end = opens + graph.limit;
+        if (position >= end) return;
+    }
+    index_t tile_begin = position, tile_end = position;
     EdgeOperands<S, DUAL, SLOPE> current, next;
     for (index_t n = first; n < last; ++n) {
-        const index_t row_end = graph.begin(n + 1);
+        const index_t row_end = window < 0 ? graph.begin(n + 1) : end;
+        const index_t stop = row_end - position > graph.limit ? position + graph.limit : row_end;
         start(n);
-        while (position < row_end) {
+        while (position < stop) {
             if (position == tile_end) {
                 if (tile_end > tile_begin) flush(int(tile_end - tile_begin));
                 tile_begin = position;
                 tile_end = position + S::TILE < end ? position + S::TILE : end;
                 couple_tile<S, DUAL>(shared, graph, in, tangent.y, spline, position, int(tile_end - tile_begin));
-                if (S::PREFETCH) current.load(in, tangent, spline, shared, 0, u);
+                if (S::PREFETCH) current.load_all(in, tangent, spline, shared, 0, u);
             }
-            const index_t stop = row_end < tile_end ? row_end : tile_end;
-            for (; position < stop; ++position) {
+            const index_t tile_stop = stop < tile_end ? stop : tile_end;
+            for (; position < tile_stop; ++position) {
                 const int slot = int(position - tile_begin);
-                if (!S::PREFETCH) current.load(in, tangent, spline, shared, slot, u);
-                if (S::PREFETCH && position + 1 < tile_end) next.load(in, tangent, spline, shared, slot + 1, u);
+                if (!S::PREFETCH) current.load_all(in, tangent, spline, shared, slot, u);
+                if (S::PREFETCH && position + 1 < tile_end) next.load_all(in, tangent, spline, shared, slot + 1, u);
                 edge(slot, current);
                 if (S::PREFETCH) current = next;
             }
         }
-        finish(n);
+        finish(n, window);
+        if (position < row_end) {  // the rest is left to windows
+            if (position > tile_begin) flush(int(position - tile_begin));
+            position = tile_begin = tile_end = row_end;
+        }
     }
-    if (tile_end > tile_begin) flush(int(tile_end - tile_begin));
+    if (position > tile_begin) flush(int(position - tile_begin));
 }
 
-// z, or with DUAL its tangent.
+// z, or with DUAL its tangent; the sums of windows go to their rows of `partial`.
 template <class S, bool DUAL>
 MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& in,
                             const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline,
-                            typename S::T* z, index_t z_row) {
+                            typename S::T* z, typename S::T* partial, index_t z_row) {
     typedef typename S::T T;
-    typedef typename NumberOf<DUAL, T>::type N;
+    typedef EdgeOperands<S, DUAL, false> Edge;
+    typedef typename Edge::N N;
+    typedef typename NumberOf<DUAL, T>::type M;
     extern __shared__ __align__(16) char memory[];
     const Shared<S, DUAL> shared(memory + threadIdx.y * Shared<S, DUAL>::bytes(false), false);
-    const int u = blockIdx.y * (S::WARPS * 32) + threadIdx.x;
+    const int u = (blockIdx.y * (S::WARPS * 32) + threadIdx.x) * S::VEC;
     const T zero = graph.poison ? T(*graph.poison) : T(0);
     N sum[S::NZ];
     walk<S, DUAL, false>(
         shared, graph, in, tangent, spline, u,
         [&](index_t) {
 #pragma unroll
-            for (int k = 0; k < S::NZ; ++k) sum[k] = Make<N>::of(zero, zero);
+            for (int k = 0; k < S::NZ; ++k) fill(sum[k], zero);
         },
-        [&](int slot, const EdgeOperands<S, DUAL, false>& operands) {
+        [&](int slot, const Edge& operands) {
             S::Paths::each([&](auto path) {
                 typedef decltype(path) Path;
-                N m[Path::PADDED], wx[Path::DX];
+                M m[Path::PADDED];
+                N wx[Path::DX];
                 read_forms<Path>(shared, slot, m);
 #pragma unroll
                 for (int i = 0; i < Path::DX; ++i)
@@ -264,13 +338,14 @@ MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& i
                 Path::forward(wx, m, sum + Path::Z);
             });
         },
-        [&](index_t n) {
+        [&](index_t n, index_t window) {
+            T* row = (window < 0 ? z + n * z_row : partial + window * z_row) + u;
             S::Z::each([&](auto slot) {
                 typedef decltype(slot) Slot;
                 if (S::EXACT || u < Slot::MUL) {
 #pragma unroll
                     for (int k = 0; k < Slot::DIM; ++k)
-                        z[n * z_row + Slot::OFFSET + k * Slot::MUL + u] = result_of(sum[Slot::BASE + k]);
+                        store(row + Slot::OFFSET + k * Slot::MUL, result_of(sum[Slot::BASE + k]));
                 }
             });
         },
@@ -297,46 +372,52 @@ template <int COUNT, int BIT = 16, class T> MF_INLINE void sum_over_lanes(T* val
 
 // Gradients of <g, z>, or with DUAL their tangents: dx of each edge (summed over senders by another kernel), dw, dy.
 // With a spline there is no dw; the gradient of the edge length follows those of y, as number NY of an edge.
-// Channel blocks write their share of dy one after the other, [block][edge][OUT]; `accumulate` adds to what an earlier
-// segment left there.
+// Segments and blocks of channels write their shares of dy one after the other, [part][edge][OUT].
 template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W>
 MF_INLINE void conv_backward(const Graph& graph, const Operands<typename S::T>& in,
                              const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline,
                              const typename S::T* g, index_t g_row, typename S::T* dx, typename S::T* dy,
-                             typename S::T* dw, index_t edges, bool accumulate) {
+                             typename S::T* dw, index_t edges, index_t part) {
     typedef typename S::T T;
-    typedef typename NumberOf<DUAL, T>::type N;
+    typedef EdgeOperands<S, DUAL, (S::ORDER > 0)> Edge;
+    typedef typename Edge::C C;
+    typedef typename Edge::N N;
+    typedef typename NumberOf<DUAL, T>::type M;
     constexpr bool SPLINE = S::ORDER > 0;
     constexpr int CHUNK = 16;  // numbers of an edge reduced at a time
     constexpr int CHUNKS = (S::NY + CHUNK - 1) / CHUNK;
     extern __shared__ __align__(16) char memory[];
     const Shared<S, DUAL> shared(memory + threadIdx.y * Shared<S, DUAL>::bytes(WANT_Y), WANT_Y);
-    const int u = blockIdx.y * (S::WARPS * 32) + threadIdx.x;
+    const int u = (blockIdx.y * (S::WARPS * 32) + threadIdx.x) * S::VEC;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    T* dy_block = dy + blockIdx.y * edges * S::OUT;
-    T grad[S::NZ];
+    T* dy_part = dy + (part + blockIdx.y) * edges * S::OUT;
+    C grad[S::NZ];
     walk<S, DUAL, SPLINE>(
         shared, graph, in, tangent, spline, u,
         [&](index_t n) {
+            const T* row = g + n * g_row + u;
             S::Z::each([&](auto slot) {
                 typedef decltype(slot) Slot;
 #pragma unroll
                 for (int k = 0; k < Slot::DIM; ++k)
                     grad[Slot::BASE + k] =
-                        S::EXACT || u < Slot::MUL ? g[n * g_row + Slot::OFFSET + k * Slot::MUL + u] : T(0);
+                        Edge::read(row + Slot::OFFSET + k * Slot::MUL, S::EXACT || u < Slot::MUL);
             });
         },
-        [&](int slot, const EdgeOperands<S, DUAL, SPLINE>& operands) {
+        [&](int slot, const Edge& operands) {
             const index_t e = shared.edge[slot];
-            N x_grad[S::NX], y_grad[CHUNKS * CHUNK];
+            N x_grad[S::NX];
+            M y_grad[CHUNKS * CHUNK];
             T radius_grad = T(0);
 #pragma unroll
-            for (int i = 0; i < S::NX; ++i) x_grad[i] = Make<N>::of(T(0), T(0));
+            for (int i = 0; i < S::NX; ++i) fill(x_grad[i], T(0));
 #pragma unroll
-            for (int j = 0; j < CHUNKS * CHUNK; ++j) y_grad[j] = Make<N>::of(T(0), T(0));
+            for (int j = 0; j < CHUNKS * CHUNK; ++j) fill(y_grad[j], T(0));
+            T* dw_row = WANT_W ? dw + e * S::NUMEL : nullptr;
             S::Paths::each([&](auto path) {
                 typedef decltype(path) Path;
-                N m[Path::PADDED], t[Path::DX];
+                M m[Path::PADDED];
+                N t[Path::DX];
                 if (WANT_X || WANT_W || SPLINE) {
                     read_forms<Path>(shared, slot, m);
                     Path::transpose(grad + Path::Z, m, t);
@@ -350,9 +431,9 @@ MF_INLINE void conv_backward(const Graph& graph, const Operands<typename S::T>& 
                     N sum = operands.x[Path::X] * t[0];
 #pragma unroll
                     for (int i = 1; i < Path::DX; ++i) sum += operands.x[Path::X + i] * t[i];
-                    if constexpr (SPLINE) radius_grad += operands.slope[Path::INDEX] * result_of(sum);
+                    if constexpr (SPLINE) radius_grad += across(operands.slope[Path::INDEX], result_of(sum));
                     else if (S::EXACT || u < Path::MUL)
-                        dw[e * S::NUMEL + Path::W + index_t(u) * Path::W_STRIDE] = result_of(sum);
+                        store(dw_row + Path::W + index_t(u) * Path::W_STRIDE, result_of(sum));
                 }
                 if (WANT_Y) {
                     N wx[Path::DX];
@@ -362,14 +443,16 @@ MF_INLINE void conv_backward(const Graph& graph, const Operands<typename S::T>& 
                 }
             });
             if (WANT_X) {
+                T* row = dx + e * S::X_ROW + u;
                 S::X::each([&](auto block) {
                     typedef decltype(block) Block;
                     if (S::EXACT || u < Block::MUL) {
 #pragma unroll
                         for (int i = 0; i < Block::DIM; ++i) {
-                            T* target = dx + e * in.x_row + Block::OFFSET + i * Block::MUL + u;
-                            const T value = result_of(x_grad[Block::BASE + i]);
-                            *target = Block::FRESH ? value : *target + value;
+                            T* target = row + Block::OFFSET + i * Block::MUL;
+                            C value = result_of(x_grad[Block::BASE + i]);
+                            if (!Block::FRESH) value = *reinterpret_cast<const C*>(target) + value;
+                            store(target, value);
                         }
                     }
                 });
@@ -391,7 +474,7 @@ MF_INLINE void conv_backward(const Graph& graph, const Operands<typename S::T>& 
                 }
             }
         },
-        [](index_t) {},
+        [](index_t, index_t) {},
         [&](int count) {
             if (!WANT_Y) return;
             group_barrier<S>();
@@ -399,9 +482,9 @@ MF_INLINE void conv_backward(const Graph& graph, const Operands<typename S::T>& 
                 const int slot = item / S::OUT, j = item % S::OUT;
                 T sum = T(0);
 #pragma unroll
-                for (int part = 0; part < S::WARPS; ++part) sum += shared.dy[(part * S::TILE + slot) * S::OUT + j];
-                T* target = dy_block + index_t(shared.edge[slot]) * S::OUT + j;
-                *target = accumulate ? *target + sum : sum;
+                for (int other = 0; other < S::WARPS; ++other)
+                    sum += shared.dy[(other * S::TILE + slot) * S::OUT + j];
+                dy_part[index_t(shared.edge[slot]) * S::OUT + j] = sum;
             }
         });
 }

@@ -31,30 +31,4 @@ template <int ORDER, class V, class T> MF_INLINE V spline_slope(const V* c, T t)
     return slope;
 }
 
-#ifdef __CUDACC__
-// ORDER coefficients that lie together, in loads as wide as their alignment allows.
-template <int ORDER> MF_INLINE void read_coefficients(const float* at, float* c) {
-    if (ORDER % 4 == 0) {
-#pragma unroll
-        for (int q = 0; q < ORDER; q += 4) {
-            const float4 v = __ldg(reinterpret_cast<const float4*>(at + q));
-            c[q] = v.x, c[q + 1] = v.y, c[q + 2] = v.z, c[q + 3] = v.w;
-        }
-    } else {
-#pragma unroll
-        for (int q = 0; q < ORDER; q += 2) {
-            const float2 v = __ldg(reinterpret_cast<const float2*>(at + q));
-            c[q] = v.x, c[q + 1] = v.y;
-        }
-    }
-}
-template <int ORDER> MF_INLINE void read_coefficients(const double* at, double* c) {
-#pragma unroll
-    for (int q = 0; q < ORDER; q += 2) {
-        const double2 v = __ldg(reinterpret_cast<const double2*>(at + q));
-        c[q] = v.x, c[q + 1] = v.y;
-    }
-}
-#endif
-
 }  // namespace mf
