@@ -7,7 +7,6 @@ Model files are pickles: loading one runs code that the file contains, so load o
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import sys
 import zipfile
@@ -24,6 +23,7 @@ from mace.calculators import foundations_models
 from mace.modules import MACE, AtomicDielectricMACE, AtomicDipolesMACE, EnergyDipolesMACE, ScaleShiftMACE
 from mace.tools.utils import get_cache_dir
 
+from mace_fast.copying import copy_module
 from mace_fast.errors import MissingToolError, ModelFileError, UnsupportedModuleError
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -143,7 +143,7 @@ def load_model(
         complete = all(name in model.__dict__ for name in _ADDED_ATTRIBUTES)
         if same_device and complete and target_dtype in (None, model_dtype(model)):
             return model
-        model = copy.deepcopy(model)
+        model = copy_module(model)
     else:
         # A loaded file is ours alone; eval mode because nobody trains on what a calculator or a converter
         # loads.

@@ -23,8 +23,8 @@ def assert_close(actual: Tensor, oracle: Tensor, *, terms: float = 16.0) -> None
     if oracle.numel() == 0:
         return
     assert torch.isfinite(actual).all(), "not finite"
-    scale = oracle.abs().max().clamp_min(1e-30)
-    error = float((actual.double() - oracle.double().to(actual.device)).abs().max() / scale)
+    scale = oracle.detach().abs().max().clamp_min(1e-30)
+    error = float((actual.detach().double() - oracle.detach().double().to(actual.device)).abs().max() / scale)
     limit = tolerance(actual.dtype, terms)
     assert error <= limit, f"relative error {error:.2e} exceeds {limit:.2e}"
 

@@ -8,12 +8,14 @@ import copy
 import io
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from test_patch_support import FLOAT64_TOLERANCE, assert_same, evaluate, small_model, structures
 
+from mace_fast import zoo
 from mace_fast.errors import UnsupportedModuleError
 from mace_fast.patch import convert, patch, restore
 from mace_fast.patch.blocks.base import FastModule
@@ -195,6 +197,71 @@ def test_copies(variant: str, copied: Callable[[torch.nn.Module], torch.nn.Modul
     twin = twin.float().double()  # parameters of the copy and of the original it keeps aside are still the same
     assert_same(evaluate(restore(twin), data), exact, 1e-3)
     assert not _fast_names(twin)
+
+
+def test_parameters_that_cannot_be_copied(rng: np.random.Generator) -> None:
+    """Paths that no coupling allows have parameters of a class that deepcopy fails on: 1e out of 0e + 1o."""
+    variant = replace(zoo.small_variants()["base"], hidden_irreps="8x0e+8x1e", max_ell=1, correlation=1)
+    model = zoo.build(variant)
+    frozen = {name for name, p in model.named_parameters() if type(p).__name__ == "EmptyParam"}
+    assert frozen
+    with pytest.raises(TypeError):
+        copy.deepcopy(model)
+    data = structures(model, rng)
+    exact = evaluate(model, data)
+    fast = convert(model)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert {name for name, p in fast.named_parameters() if not p.requires_grad} == frozen
+    for twin in (fast, copy.deepcopy(fast), _pickled(fast), patch(model)):
+        assert_same(evaluate(twin, data), exact, FLOAT64_TOLERANCE)
+    restore(model)
+    assert {name for name, p in model.named_parameters() if type(p).__name__ == "EmptyParam"} == frozen
+
+
+@pytest.mark.parametrize("variant", ["base", "both/RealAgnosticDensityResidualInteractionBlock"])
+def test_weights_are_read_anew_in_every_forward(variant: str, rng: np.random.Generator) -> None:
+    """However they are written: by an optimiser, behind torch's back, from a file, in a new tensor."""
+    model = small_model(variant, atomic_numbers=tuple(range(1, 13)))  # most species do not occur
+    fast = convert(model, verify=False)
+    data = structures(model, rng)
+    others = small_model(variant, atomic_numbers=tuple(range(1, 13)), seed=1).state_dict()
+
+    def optimise(m: torch.nn.Module) -> None:
+        optimiser = torch.optim.AdamW(m.parameters(), lr=1e-2)
+        torch.set_default_dtype(torch.float64)
+        try:
+            m(zoo.copy_graph(data), training=True)["forces"].square().sum().backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        optimiser.step()
+
+    def write_data(m: torch.nn.Module) -> None:
+        for parameter in m.parameters():
+            parameter.data.mul_(1.01)
+
+    def write_numpy(m: torch.nn.Module) -> None:
+        for parameter in m.parameters():
+            array = parameter.detach().numpy()
+            array *= 0.98
+
+    def replace_tensors(m: torch.nn.Module) -> None:
+        for module in m.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    setattr(module, name, torch.nn.Parameter(0.99 * parameter.detach()))
+
+    ways: list[Callable[[torch.nn.Module], object]] = [optimise, write_data, write_numpy]
+    ways.append(lambda m: m.load_state_dict(others))
+    if variant == "base":  # parameters in lists are not attributes of modules
+        ways.append(replace_tensors)
+    before = evaluate(fast, data)
+    for write in ways:
+        write(model)
+        write(fast)
+        after = evaluate(fast, data)
+        assert not torch.equal(after["energy"], before["energy"]), write
+        assert_same(after, evaluate(model, data), 1e-10)
+        before = after
 
 
 def test_dtype_changes_reach_the_original(rng: np.random.Generator) -> None:

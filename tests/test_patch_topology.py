@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from mace_fast.patch.blocks.topology import TopologyMemo, without_species_gradient
+from mace_fast.kernels.description.linear import Linear
+from mace_fast.kernels.ops.linear import arrange_indexed_weight
+from mace_fast.patch.blocks.topology import Species, TopologyMemo, indexed_weight, without_species_gradient
 
 
 def _edges(rng: np.random.Generator, nodes: int = 6, edges: int = 20) -> torch.Tensor:
     return torch.tensor(rng.integers(nodes, size=(2, edges)))
+
+
+def _species_of_nodes(species: Species) -> torch.Tensor:
+    return species.of_node if species.present is None else species.present[species.of_node]
 
 
 def test_same_tensor_is_remembered(rng: np.random.Generator) -> None:
@@ -59,7 +65,7 @@ def test_a_new_forward_forgets_the_species(rng: np.random.Generator) -> None:
     memo.species(attributes)
     array[:] = np.eye(3)[rng.integers(3, size=6)]
     memo.topology(edges, 6, fresh=True)
-    assert torch.equal(memo.species(attributes).of_node, attributes.argmax(dim=1))
+    assert torch.equal(_species_of_nodes(memo.species(attributes)), attributes.argmax(dim=1))
 
 
 def test_tracing_remembers_nothing(rng: np.random.Generator) -> None:
@@ -70,6 +76,13 @@ def test_tracing_remembers_nothing(rng: np.random.Generator) -> None:
         attributes = mode.from_tensor(torch.eye(4))
         memo.species(attributes)
     assert memo._species is None
+
+
+def test_what_torchscript_traces_serves_other_species() -> None:
+    memo = TopologyMemo()
+    traced = torch.jit.trace(lambda attributes: _species_of_nodes(memo.species(attributes)), torch.eye(4)[[0, 2]])
+    other = torch.tensor([3, 1])
+    assert torch.equal(traced(torch.eye(4)[other]), other)
 
 
 def test_inference_tensors(rng: np.random.Generator) -> None:
@@ -87,13 +100,38 @@ def test_copies_are_empty(rng: np.random.Generator) -> None:
         assert twin is not memo and twin._graph is None
 
 
-def test_species(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("choices", [[0, 1, 2, 3], [1, 3], [2]])
+def test_species(choices: list[int], rng: np.random.Generator) -> None:
     memo = TopologyMemo()
-    index = torch.tensor(rng.integers(4, size=9))
+    index = torch.tensor(np.concatenate([choices, rng.choice(choices, size=9)]))
     attributes = torch.eye(4)[index]
     species = memo.species(attributes)
-    assert torch.equal(species.of_node, index)
+    assert torch.equal(_species_of_nodes(species), index)
     assert memo.species(attributes) is species
+    present = [0, 1, 2, 3] if species.present is None else species.present.tolist()
+    assert present == choices
+    assert species.groups.num_segments == len(choices)
+    assert torch.equal(species.groups.row_ptr.diff(), torch.bincount(index, minlength=4)[choices])
+    assert torch.equal(index[species.groups.order], index.sort().values)
+    table = torch.tensor(rng.normal(size=(4, 2)))
+    assert torch.equal(species.rows_of(table)[species.of_node], table[index])
+
+
+def test_species_of_no_nodes() -> None:
+    assert TopologyMemo().species(torch.zeros(0, 3)).of_node.shape == (0,)
+
+
+@pytest.mark.parametrize("choices", [[0, 1, 2, 3], [0, 3], [2]])
+def test_weights_of_the_species_that_occur(choices: list[int], rng: np.random.Generator) -> None:
+    """Row by row those of the whole table, and so are their gradients."""
+    linear = Linear.from_paths([(2, 0), (3, 1)], [(4, 0), (5, 1), (1, 0)], [(1, 1, 1.0), (0, 0, 1.0), (0, 2, 1.0)])
+    species = TopologyMemo().species(torch.eye(4)[torch.tensor(choices)])
+    weight = torch.tensor(rng.normal(size=4 * linear.weight_numel), requires_grad=True)
+    chosen, whole = indexed_weight(weight, linear, 4, species), arrange_indexed_weight(weight, linear, 4)[choices]
+    assert torch.equal(chosen, whole)
+    cotangent = torch.tensor(rng.normal(size=whole.shape))
+    for a, b in zip(*(torch.autograd.grad(t, weight, cotangent) for t in (chosen, whole)), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_no_gradient_by_species(rng: np.random.Generator) -> None:

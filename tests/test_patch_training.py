@@ -38,7 +38,15 @@ BLOCKS = [f"both/{block}" for block in zoo.INTERACTION_BLOCKS] + [
 
 @pytest.mark.parametrize("variant", BLOCKS)
 def test_parameter_gradients_are_equal(variant: str, seed: int, rng: np.random.Generator) -> None:
-    model = small_model(variant).train()
+    _assert_equal_gradients(small_model(variant).train(), seed, rng)
+
+
+def test_parameter_gradients_where_most_species_are_absent(seed: int, rng: np.random.Generator) -> None:
+    """Weights of species that do not occur get the gradient zero, not none."""
+    _assert_equal_gradients(small_model(atomic_numbers=tuple(range(1, 31))).train(), seed, rng)
+
+
+def _assert_equal_gradients(model: torch.nn.Module, seed: int, rng: np.random.Generator) -> None:
     data = structures(model, rng)
     fast = convert(model, verify=False)
     assert fast.training

@@ -360,6 +360,100 @@ def test_poor_float32_fails_though_float64_passes(model: torch.nn.Module, seed: 
     assert {(row.quantity, row.dtype) for row in report.rows if not row.passed} == {("forces", "float32")}
 
 
+class OffInFloat32(Faulty):
+    """Forces that are off by a factor in the first float32 calls, or in all."""
+
+    factor = 1.0
+    calls = 0
+    wrong_calls = 2  # that of a mode and its repetition
+
+    def spoil(self, data: Outputs, out: Outputs, arguments: dict[str, bool]) -> Outputs:
+        if out["forces"] is not None and out["forces"].dtype == torch.float32:
+            self.calls += 1
+            if self.calls <= self.wrong_calls:
+                out["forces"] = out["forces"] * self.factor
+        return out
+
+
+def test_chance_is_told_from_fault_by_measuring_again(model: torch.nn.Module, seed: int) -> None:
+    """What is off by a little more than the tolerance may be chance, unless it is so on displaced copies as well."""
+
+    def compared(factor: float, wrong_calls: int) -> tuple[bool, Any]:
+        candidate = faulty(model, OffInFloat32)
+        candidate.factor, candidate.wrong_calls = factor, wrong_calls
+        report = compare(model, candidate, dtypes=FLOAT32, modes=["stress"], seed=seed)
+        (row,) = [row for row in report.rows if row.quantity == "forces" and row.mode == "stress"]
+        assert {r.quantity for r in report.rows if not r.passed} <= {"forces"}
+        return report.passed, row
+
+    passed, gross = compared(1.001, 1000)
+    assert not passed
+    _, right = compared(1.0, 0)
+    # Scaling by 1 + x makes an error of x times what is left of the terms after they have cancelled.
+    little = 1.0 + 1.3 * right.tolerance * 1e-3 / gross.error
+    passed, row = compared(little, 2)
+    assert passed and "measured again" in row.note, row
+    passed, row = compared(little, 1000)
+    assert not passed and not row.passed
+
+
+class LargerRounding(mace.modules.ScaleShiftMACE):
+    """In float32, every output is ``times`` as far from the float64 result as mace-torch's own float32 is."""
+
+    times = 1.0
+
+    def forward(self, data: dict[str, torch.Tensor], **arguments: bool) -> Outputs:
+        out = dict(super().forward(dict(data), **arguments))
+        if data["positions"].dtype == torch.float64:
+            return out
+        inputs = {k: v.detach().double() if v.is_floating_point() else v for k, v in data.items()}
+        exact = copy.deepcopy(self).double().forward(inputs, **arguments)
+        return {k: v if v is None else (exact[k] + self.times * (v - exact[k])).float() for k, v in out.items()}
+
+
+def test_float32_may_round_twice_as_much_and_no_more(model: torch.nn.Module, seed: int) -> None:
+    candidate = faulty(model, LargerRounding)
+    structures = [ase.build.molecule(name) for name in ("CH3CH2OH", "H2O", "CH4")]
+    structures += [ase.build.bulk("C", "diamond", 3.6), ase.build.bulk("CO", "zincblende", 4.2)]
+    for index, atoms in enumerate(structures):
+        atoms.rattle(0.1, seed=seed % 2**31 + index)
+    for candidate.times, passes in ((1.0, True), (1.7, True), (3.0, False)):
+        report = compare(model, candidate, structures=structures, dtypes=FLOAT32, modes=["stress"], seed=seed)
+        assert report.passed == passes, (candidate.times, str(report))
+
+
+def test_weights_in_half_precision_fail_in_every_mode(model: torch.nn.Module, seed: int) -> None:
+    """Rounding of the size of tensor-core formats, in the weights of one linear map of float32 alone."""
+    candidate = copy.deepcopy(model)
+    weight = candidate.interactions[1].linear_up.weight
+    weight.data = weight.data.half().double()
+    report = compare(model, candidate, dtypes=FLOAT32, modules={"interactions.1": ""}, seed=seed)
+    failed = {(row.mode, row.quantity) for row in report.rows if not row.passed}
+    modes = {"stress", "energy", "forces", "virials", "displacement", "training"}
+    assert failed >= {(mode, "interaction_energy") for mode in modes}
+    assert failed >= {("stress", "forces"), ("stress", "stress"), ("virials", "virials"), ("hessian", "hessian")}
+    assert failed >= {("training", "parameter gradients")}
+    assert [row.passed for row in report.modules] == [False]
+
+
+@pytest.mark.parametrize("share", [1e-2, 1e-4])
+def test_wrong_sign_of_a_small_path_fails_in_float32(model: torch.nn.Module, share: float, seed: int) -> None:
+    """The path contributes little, so that the error is not far beyond rounding: no chance on displaced copies."""
+    reference = copy.deepcopy(model)
+    product = reference.interactions[1].conv_tp
+    first, size = product.instructions[0], 8
+    assert first.has_weight and first.path_shape == (size, 1)
+    reference.interactions[1].conv_tp_weights[-1].weight.data[:, :size] *= share
+    candidate = copy.deepcopy(reference)
+    candidate.interactions[1].conv_tp_weights[-1].weight.data[:, :size] *= -1
+    report = compare(
+        reference, candidate, dtypes=FLOAT32, modules={"interactions.1": ""}, modes=["stress", "training"], seed=seed
+    )
+    failed = {(row.mode, row.quantity) for row in report.rows if not row.passed}
+    assert failed >= {("stress", "forces"), ("stress", "node_feats"), ("training", "parameter gradients")}, str(report)
+    assert [row.passed for row in report.modules] == [False]
+
+
 class Uninitialised(Faulty):
     """The first call is right, later ones are not."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import ase
 import torch
 
+from mace_fast.copying import copy_module
 from mace_fast.errors import UnsupportedModuleError
 from mace_fast.patch.checking import check_equivalence
 from mace_fast.patch.match import Match, match
@@ -52,7 +52,7 @@ def convert(
     """
     wanted = _checked_dtype(dtype)
     matches = _convertible(model)
-    fast = replace(copy.deepcopy(model), matches).to(device=device, dtype=wanted)
+    fast = replace(copy_module(model), matches).to(device=device, dtype=wanted)
     if verify:
         check_equivalence(model, fast, structures=structures, progress=progress).raise_if_failed()
     return fast
@@ -87,7 +87,7 @@ def patch(
             "convert, or patch the module that holds it"
         )
     if verify:
-        fast = replace(copy.deepcopy(model), matches)
+        fast = replace(copy_module(model), matches)
         check_equivalence(model, fast, structures=structures, progress=progress).raise_if_failed()
     return replace(model, matches)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import secrets
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 import ase
 import torch
 
+from mace_fast.copying import copy_module
 from mace_fast.patch.blocks.base import FastModule
 from mace_fast.patch.constants import with_fast_constants
 from mace_fast.patch.replace import fast_modules, put_back
@@ -47,7 +47,7 @@ def check_equivalence(
         tensors: list[torch.Tensor] = [*fast.parameters()] or [*fast.buffers()]
         dtypes = tuple(dict.fromkeys((torch.float64, *(t.dtype for t in tensors if t.is_floating_point()))))
     if fast_modules(model):
-        model = put_back(copy.deepcopy(model))
+        model = put_back(copy_module(model))
     reference = with_fast_constants(model, fast)
     candidate = with_fast_constants(fast, fast)
     if _ENERGY_MODEL in ancestor_names(reference):
@@ -85,8 +85,8 @@ def _compare_modules(
         ],
     )
     report.num_tensors, report.tensors = compare_tensors(reference, candidate)
-    references = {dtype: copy.deepcopy(reference).to(dtype) for dtype in (torch.float64, torch.float32)}
-    candidates = {dtype: copy.deepcopy(candidate).to(dtype) for dtype in dtypes}
+    references = {dtype: copy_module(reference).to(dtype) for dtype in (torch.float64, torch.float32)}
+    candidates = {dtype: copy_module(candidate).to(dtype) for dtype in dtypes}
     report.modules = list(compare_modules(calls, references, candidates, labels, device, generator))
     report.rows = [
         QuantityRow(

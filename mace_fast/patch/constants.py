@@ -10,13 +10,13 @@ within float32 rounding of the one it had.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from mace_fast.copying import copy_module
 from mace_fast.errors import UnsupportedModuleError
 from mace_fast.kernels.cg import clebsch_gordan
 from mace_fast.kernels.description.polynomial import SymmetricContraction
@@ -42,7 +42,7 @@ def with_fast_constants(model: torch.nn.Module, fast: torch.nn.Module) -> torch.
     changes = [*_couplings(model), *_u_matrices(model, fast)]
     if not changes:
         return model
-    copied = copy.deepcopy(model).to(torch.float64)
+    copied = copy_module(model).to(torch.float64)
     with torch.no_grad():
         for name, table in changes:
             copied.get_buffer(name).copy_(table)

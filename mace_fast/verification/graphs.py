@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ase
@@ -18,6 +18,9 @@ from mace_fast.verification.structures import elements_and_cutoff, embedding_spe
 
 # Names under which mace-torch's calculator looks for an input in atoms.info, and its default.
 _INFO_ALIASES: dict[str, tuple[str, float]] = {"total_charge": ("charge", 0.0), "total_spin": ("spin", 1.0)}
+
+
+_DISPLACEMENT = 1e-3  # A
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,12 @@ class Batch:
             key: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype, copy=True)
             for key, value in self.tensors.items()
         }
+
+    def displaced(self, generator: torch.Generator) -> Batch:
+        """The same edges with every atom moved by some 1e-3 A, to positions that float32 holds exactly."""
+        positions = self.tensors["positions"]
+        moved = positions + _DISPLACEMENT * torch.randn(positions.shape, dtype=torch.float64, generator=generator)
+        return replace(self, tensors={**self.tensors, "positions": moved.float().double()})
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -24,6 +25,15 @@ ReferenceIn = Callable[[torch.dtype], Outputs]
 """The reference's outputs in a dtype, evaluated when first asked for."""
 
 
+@dataclass(frozen=True)
+class Sample:
+    """What reference and candidate give for one batch; further samples are of displaced copies of the first."""
+
+    batch: Batch
+    reference: ReferenceIn
+    outputs: Outputs
+
+
 def call_failed(mode: str, dtype: torch.dtype, error: Exception) -> QuantityRow:
     """The candidate raised where the reference gave results."""
     return _failed(mode, "call", dtype, f"the candidate raises {type(error).__name__}: {error}")
@@ -31,62 +41,61 @@ def call_failed(mode: str, dtype: torch.dtype, error: Exception) -> QuantityRow:
 
 def compare_quantities(
     mode: str,
-    batch: Batch,
     terms: TermScales,
     dtype: torch.dtype,
-    reference: ReferenceIn,
-    outputs: Outputs,
+    samples: Sequence[Sample],
     typical: Callable[[str], float],
 ) -> Iterator[QuantityRow]:
     """A row for each output of the reference, and one for all parameter gradients together.
 
-    ``typical`` gives the reference's relative float32 error of a quantity over all structures.
+    Several samples are judged as one. ``typical`` gives the reference's relative float32 error of a quantity
+    over all structures.
     """
-    oracle = reference(torch.float64)
+    oracle = samples[0].reference(torch.float64)
     prefix = f"{PARAMETER_GRADIENT}:"
+
+    def problem_of(key: str) -> str | None:
+        found = (_shape_problem(oracle, sample.outputs, key) for sample in samples)
+        return next((problem for problem in found if problem), None)
+
     for quantity in oracle:
         if quantity.startswith(prefix):
             continue
-        problem = _shape_problem(oracle, outputs, quantity)
+        problem = problem_of(quantity)
         if problem:
             yield _failed(mode, quantity, dtype, problem)
-            continue
-        if dtype == torch.float32:
-            parts = _parts(quantity, batch, terms, oracle, outputs, reference(torch.float32))
-            verdict = judge_float32(parts, typical(quantity))
+        elif dtype == torch.float32:
+            copies = [_parts(quantity, terms, sample, torch.float32) for sample in samples]
+            parts = [Part.merged(part) for part in zip(*copies, strict=True)]
+            yield _row(mode, quantity, dtype, judge_float32(parts, typical(quantity)))
         else:
-            parts = _parts(quantity, batch, terms, oracle, outputs, None)
+            parts = _parts(quantity, terms, samples[0], None)
             verdict = judge_float64(parts)
             if not verdict.passed:
-                noisy = _parts(quantity, batch, terms, oracle, outputs, reference(torch.float32))
-                verdict = judge_float64(parts, _errors(noisy))
-        yield _row(mode, quantity, dtype, verdict)
+                verdict = judge_float64(parts, _errors(_parts(quantity, terms, samples[0], torch.float32)))
+            yield _row(mode, quantity, dtype, verdict)
     names = [key for key in oracle if key.startswith(prefix)]
-    problems = [
-        f"{key.removeprefix(prefix)}: {problem}" for key in names if (problem := _shape_problem(oracle, outputs, key))
-    ]
+    problems = [f"{key.removeprefix(prefix)}: {problem}" for key in names if (problem := problem_of(key))]
     if problems:
         yield _failed(mode, PARAMETER_GRADIENT, dtype, f"{len(problems)} differ, the first: {problems[0]}")
     elif any(oracle[key].numel() for key in names):
-        yield _row(mode, PARAMETER_GRADIENT, dtype, _judge_gradients(names, prefix, dtype, reference, outputs))
+        yield _row(mode, PARAMETER_GRADIENT, dtype, _judge_gradients(names, prefix, dtype, samples))
 
 
 def reference_errors(batch: Batch, terms: TermScales, oracle: Outputs, float32: Outputs) -> dict[str, float]:
     """The reference's relative float32 error of each quantity over all structures of a batch."""
-    errors = {
-        quantity: reference_error_float32(_parts(quantity, batch, terms, oracle, float32, float32))
-        for quantity in oracle
-    }
+    sample = Sample(batch, {torch.float64: oracle, torch.float32: float32}.__getitem__, float32)
+    errors = {quantity: reference_error_float32(_parts(quantity, terms, sample, torch.float32)) for quantity in oracle}
     # Second derivatives round no less than first ones, and there is but one small Hessian to measure them by.
     return {**errors, "hessian": errors.get("forces", 0.0)}
 
 
-def _parts(
-    quantity: str, batch: Batch, terms: TermScales, oracle: Outputs, outputs: Outputs, other: Outputs | None
-) -> list[Part]:
-    """A part for each structure; ``other`` holds what the reference computes in the candidate's dtype."""
+def _parts(quantity: str, terms: TermScales, sample: Sample, noisy: torch.dtype | None) -> list[Part]:
+    """A part for each structure, with what the reference computes in the dtype ``noisy``, if that is given."""
+    batch, outputs = sample.batch, sample.outputs
+    oracle = sample.reference(torch.float64)
     rows = _rows_of_structures(oracle[quantity], batch)
-    reference = None if other is None else other[quantity]
+    reference = None if noisy is None else sample.reference(noisy)[quantity]
     if rows is None:
         name = batch.graphs[0].name if batch.num_graphs == 1 else "all structures"
         return [Part(name, oracle[quantity], outputs[quantity], reference)]
@@ -102,10 +111,8 @@ def _parts(
     ]
 
 
-def _judge_gradients(
-    names: list[str], prefix: str, dtype: torch.dtype, reference: ReferenceIn, outputs: Outputs
-) -> Verdict:
-    oracle = reference(torch.float64)
+def _judge_gradients(names: list[str], prefix: str, dtype: torch.dtype, samples: Sequence[Sample]) -> Verdict:
+    oracle = samples[0].reference(torch.float64)
     filled = [key for key in names if oracle[key].numel()]
     largest = max(float(oracle[key].square().mean().sqrt()) for key in filled)
 
@@ -116,23 +123,27 @@ def _judge_gradients(
         vanishes = float(torch.linalg.vector_norm(oracle[key])) < FLOAT64_TOLERANCE * like_the_largest
         return like_the_largest if vanishes else 0.0
 
-    def parts(other: Outputs | None) -> list[Part]:
+    def parts(sample: Sample, noisy: torch.dtype | None) -> list[Part]:
+        exact = sample.reference(torch.float64)
+        reference = None if noisy is None else sample.reference(noisy)
         return [
             Part(
                 key.removeprefix(prefix),
-                oracle[key],
-                outputs[key],
-                None if other is None else other[key],
+                exact[key],
+                sample.outputs[key],
+                None if reference is None else reference[key],
                 terms(key),
             )
             for key in filled
         ]
 
     if dtype == torch.float32:
-        return judge_tensors_float32(parts(reference(torch.float32)), independent=False)
-    verdict = judge_float64(parts(None))
+        copies = [parts(sample, torch.float32) for sample in samples]
+        merged = [Part.merged(part) for part in zip(*copies, strict=True)]
+        return judge_tensors_float32(merged, independent=False)
+    verdict = judge_float64(parts(samples[0], None))
     if not verdict.passed:
-        verdict = judge_float64(parts(None), _errors(parts(reference(torch.float32))))
+        verdict = judge_float64(parts(samples[0], None), _errors(parts(samples[0], torch.float32)))
     return verdict
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
+from mace_fast.copying import copy_module
 from mace_fast.errors import MaceFastError
 from mace_fast.verification.evaluate import (
     MODES,
@@ -34,7 +34,7 @@ class Copies:
 
     def __getitem__(self, dtype: torch.dtype) -> torch.nn.Module:
         if dtype not in self._copies:
-            self._copies[dtype] = copy.deepcopy(self.model).to(device=self.device, dtype=dtype)
+            self._copies[dtype] = copy_module(self.model).to(device=self.device, dtype=dtype)
         return self._copies[dtype]
 
 
@@ -52,7 +52,7 @@ class ReferenceResults:
         with self._running("edge forces"):
             outputs, forces = evaluate_edge_forces(self.copies[torch.float32], everything, torch.float32, device)
         self._terms = TermScales.of(everything, outputs, forces)
-        self._main = self._results(MODES[0], None)
+        self._main = self.on(batches[MODES[0].batch], MODES[0])
         self._errors: dict[str, float] | None = None
 
     def terms(self, batch: Batch) -> TermScales:
@@ -62,7 +62,26 @@ class ReferenceResults:
 
     def of(self, mode: Mode, cotangents: Cotangents | None = None) -> Callable[[torch.dtype], Outputs]:
         """The results of a mode, on its batch, as a function of the dtype."""
-        return self._main if mode == MODES[0] else self._results(mode, cotangents)
+        return self._main if mode == MODES[0] else self.on(self.batches[mode.batch], mode, cotangents)
+
+    def on(self, batch: Batch, mode: Mode, cotangents: Cotangents | None = None) -> Callable[[torch.dtype], Outputs]:
+        """The results of a mode on any batch, as a function of the dtype."""
+        results: dict[torch.dtype, Outputs] = {}
+
+        def evaluated(dtype: torch.dtype) -> Outputs:
+            if dtype not in results:
+                with self._running(f"{mode.what} in {dtype_name(dtype)}"):
+                    results[dtype] = evaluate(
+                        self.copies[dtype],
+                        batch,
+                        mode,
+                        dtype,
+                        self.copies.device,
+                        cotangents,
+                    )
+            return results[dtype]
+
+        return evaluated
 
     def typical_error(self, quantity: str) -> float:
         """The relative float32 error of a quantity over all structures; 0 where it is not known."""
@@ -75,24 +94,6 @@ class ReferenceResults:
         """What the named modules are called with."""
         with self._running("the recording of module inputs"):
             return record_calls(self.copies[torch.float64], batch, names, self.copies.device)
-
-    def _results(self, mode: Mode, cotangents: Cotangents | None) -> Callable[[torch.dtype], Outputs]:
-        results: dict[torch.dtype, Outputs] = {}
-
-        def evaluated(dtype: torch.dtype) -> Outputs:
-            if dtype not in results:
-                with self._running(f"{mode.what} in {dtype_name(dtype)}"):
-                    results[dtype] = evaluate(
-                        self.copies[dtype],
-                        self.batches[mode.batch],
-                        mode,
-                        dtype,
-                        self.copies.device,
-                        cotangents,
-                    )
-            return results[dtype]
-
-        return evaluated
 
     @contextmanager
     def _running(self, what: str) -> Iterator[None]:

@@ -15,7 +15,7 @@ import torch
 
 from mace_fast.errors import UnsupportedModuleError
 from mace_fast.kernels.ops.channelwise import channelwise_tp_conv
-from mace_fast.kernels.ops.linear import arrange_indexed_weight, indexed_linear, linear
+from mace_fast.kernels.ops.linear import indexed_linear, linear
 from mace_fast.kernels.ops.segment import segment_gather, segment_sum
 from mace_fast.patch.blocks.base import FastModule, random_one_hot, random_tensor
 from mace_fast.patch.blocks.gate import read_gate
@@ -30,7 +30,7 @@ from mace_fast.patch.blocks.radial import (
     read_fully_connected,
     require_radial_mlp,
 )
-from mace_fast.patch.blocks.topology import Topology, without_species_gradient
+from mace_fast.patch.blocks.topology import Topology, indexed_weight, without_species_gradient
 from mace_fast.patch.understand import (
     read_indexed_linear,
     read_linear,
@@ -120,7 +120,7 @@ class FastInteraction(FastModule[Any]):
         """The species-indexed map ``skip_tp`` of x [N, ...]."""
         plan = self._plan
         species = self._memo.species(node_attrs)
-        weight = arrange_indexed_weight(self.skip_tp.weight, plan.skip, plan.species)
+        weight = indexed_weight(self.skip_tp.weight, plan.skip, plan.species, species)
         mixed = indexed_linear(x, weight, species.of_node, plan.skip, species.groups)
         return without_species_gradient(mixed, node_attrs)
 

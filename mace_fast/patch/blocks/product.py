@@ -105,14 +105,17 @@ class FastEquivariantProductBasis(FastModule[ProductPlan]):
             [N, target] in mul_ir order.
         """
         plan = self._plan
+        tables = contraction_weights(self.symmetric_contractions)
         if plan.agnostic:
-            species = torch.zeros(node_feats.shape[0], dtype=torch.int64, device=node_feats.device)
+            of_node = torch.zeros(node_feats.shape[0], dtype=torch.int64, device=node_feats.device)
         else:
-            species = self._memo.species(node_attrs).of_node
+            species = self._memo.species(node_attrs)
+            of_node = species.of_node
+            tables = [species.rows_of(table) for table in tables]
             node_feats = without_species_gradient(node_feats, node_attrs)
-        weights = torch.cat(contraction_weights(self.symmetric_contractions), dim=1)
+        weights = torch.cat(tables, dim=1)
         x = node_feats.transpose(1, 2)
-        out = symmetric_contraction(plan.contraction, x, weights, species)
+        out = symmetric_contraction(plan.contraction, x, weights, of_node)
         out = linear(out.flatten(1), self.linear.weight, plan.last)
         return out + sc if self.use_sc and sc is not None else out
 

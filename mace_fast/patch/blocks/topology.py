@@ -8,7 +8,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
+from mace_fast.kernels.description.linear import Linear
 from mace_fast.kernels.ops.graph import EdgeGraph, edge_graph
+from mace_fast.kernels.ops.linear import arrange_indexed_weight
 from mace_fast.kernels.ops.segment import Segments, segments
 
 Value = TypeVar("Value")
@@ -23,10 +25,26 @@ class Topology(NamedTuple):
 
 
 class Species(NamedTuple):
-    """The species of each node, int64 [N], and the nodes of each species."""
+    """The species that occur, which of them each node is, and the nodes of each.
+
+    Weights are kept for every species of a model, 89 in many, and a structure has a few: what is made of the
+    weights in each forward is made for those that occur. (Not kept from one forward to the next: a write
+    through ``parameter.data``, as averages of weights are put in place, leaves no trace to notice it by.)
+
+    Attributes:
+        of_node: int64 [N], a row of ``present``.
+        groups: the nodes of each row of ``present``.
+        present: int64 [P], ascending; None where every species is taken, occurring or not: on CUDA, which
+            would have to be waited for, and while torch traces, where shapes may not depend on values.
+    """
 
     of_node: torch.Tensor
     groups: Segments
+    present: torch.Tensor | None
+
+    def rows_of(self, table: torch.Tensor) -> torch.Tensor:
+        """Of a table with a row for each species of the model, the rows that ``of_node`` counts."""
+        return table if self.present is None else table.index_select(0, self.present)
 
 
 @dataclass(frozen=True)
@@ -43,7 +61,7 @@ class _Entry(Generic[Value]):
 
 def _is_rememberable(tensor: torch.Tensor) -> bool:
     """Not while torch traces, when tensors are stand-ins (of a subclass) for those of later calls."""
-    return type(tensor) is torch.Tensor and not torch.compiler.is_compiling()
+    return type(tensor) is torch.Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 def _fingerprint(tensor: torch.Tensor, arguments: tuple[int, ...]) -> tuple[object, ...]:
@@ -95,11 +113,13 @@ class TopologyMemo:
                 of a memo looks.
         """
         if not _is_rememberable(node_attrs):
-            return _grouped_species(node_attrs)
+            return _every_species(node_attrs)
         entry = self._species
         if entry is None or not entry.serves(node_attrs):
-            species = _grouped_species(node_attrs)
+            species = _every_species(node_attrs)
             self._check_one_hot(node_attrs, species.of_node)
+            if node_attrs.device.type == "cpu":
+                species = _occurring(species)
             entry = _Entry(weakref.ref(node_attrs), _fingerprint(node_attrs, ()), species)
             self._species = entry
         return entry.value
@@ -118,6 +138,30 @@ class TopologyMemo:
                 f"{node_attrs[row].tolist()}); mace_fast reads "
                 "it as the index of a species. Use the original model (mace_fast.restore) for mixed species"
             )
+
+
+def indexed_weight(weight: torch.Tensor, linear: Linear, num_species: int, species: Species) -> torch.Tensor:
+    """e3nn's flat weight of a product with one-hot attributes, as one flat linear weight for each row of
+    ``species.present``; differentiable.
+
+    Args:
+        weight: flat; for each path [u, num_species, w].
+        linear: the map of one species.
+        num_species: how many the model has.
+        species: those to take.
+
+    Returns:
+        [rows, linear.weight_numel].
+    """
+    if species.present is not None:
+        widths = [(linear.x[path.x][0], linear.z[path.z][0]) for path in linear.paths]
+        pieces = weight.split([mul_x * num_species * mul_z for mul_x, mul_z in widths])
+        chosen = [
+            piece.view(mul_x, num_species, mul_z).index_select(1, species.present).flatten()
+            for piece, (mul_x, mul_z) in zip(pieces, widths, strict=True)
+        ]
+        weight, num_species = torch.cat([weight[:0], *chosen]), len(species.present)
+    return arrange_indexed_weight(weight, linear, num_species)
 
 
 def without_species_gradient(value: torch.Tensor, node_attrs: torch.Tensor) -> torch.Tensor:
@@ -158,6 +202,18 @@ def _sorted_edges(edge_index: torch.Tensor, num_nodes: int) -> Topology:
     )
 
 
-def _grouped_species(node_attrs: torch.Tensor) -> Species:
+def _every_species(node_attrs: torch.Tensor) -> Species:
     index = node_attrs.argmax(dim=1)
-    return Species(index, segments(index, node_attrs.shape[1]))
+    return Species(index, segments(index, node_attrs.shape[1]), None)
+
+
+def _occurring(species: Species) -> Species:
+    """The same without the species that no node is of."""
+    groups = species.groups
+    present = groups.row_ptr.diff().nonzero().flatten()
+    if present.shape[0] in (0, groups.num_segments):
+        return species
+    number = torch.empty(groups.num_segments, dtype=torch.int64).index_copy_(0, present, torch.arange(len(present)))
+    of_node = number[species.of_node]
+    row_ptr = torch.cat([groups.row_ptr[present], groups.row_ptr[-1:]])
+    return Species(of_node, Segments(of_node, groups.order, row_ptr), present)
