@@ -41,3 +41,11 @@ class ModelFileError(MaceFastError):
 
 class StructureError(MaceFastError):
     """Atoms that a model cannot evaluate: an element it was not trained on, a degenerate cell, not-a-number."""
+
+
+class RestartError(MaceFastError):
+    """A run that cannot be continued, or would overwrite another: the message names the file and the way out."""
+
+
+class DeviceError(MaceFastError, RuntimeError):
+    """A GPU reported an error during an evaluation. The message says whether the process can go on."""

@@ -480,6 +480,130 @@ def test_other_energy_models_are_refused(model: torch.nn.Module) -> None:
         ours(other)
 
 
+@pytest.mark.parametrize("skin", [0.0, 0.2, 1.0])
+def test_dynamics_with_any_skin(
+    skin: float, model: torch.nn.Module, mace_calculator: MACECalculator, rng: np.random.Generator
+) -> None:
+    atoms, calculator = structure(), ours(model, frozen=True, skin=skin)
+    atoms.calc = calculator
+    for step in range(8):
+        atoms.positions += rng.normal(0, 0.04, atoms.positions.shape)
+        if step == 4:
+            atoms.set_cell(atoms.cell * 1.01, scale_atoms=True)
+        if step == 6:
+            atoms += Atoms("H", positions=[atoms.positions[0] + [0.9, 0.6, -0.4]])
+        atoms.get_forces()
+        atoms.get_stress()
+        assert_same_results(calculator.results, all_results(mace_calculator, atoms), FROZEN_TOLERANCE)
+    assert calculator.stepper is not None
+    assert calculator.stepper.rebuilds == 8 if skin == 0 else calculator.stepper.rebuilds < 8
+
+
+def test_two_calculators_and_one_for_two_structures(
+    model: torch.nn.Module, mace_calculator: MACECalculator, rng: np.random.Generator
+) -> None:
+    other_model = build(seed=4)
+    first, other, other_reference = ours(model, frozen=True), ours(other_model, frozen=True), reference(other_model)
+    structures = [structure(), structure("thin cell")]
+    for _ in range(3):
+        for atoms in structures:
+            atoms.positions += rng.normal(0, 0.02, atoms.positions.shape)
+            assert_same_results(all_results(first, atoms), all_results(mace_calculator, atoms), FROZEN_TOLERANCE)
+            assert_same_results(all_results(other, atoms), all_results(other_reference, atoms), FROZEN_TOLERANCE)
+
+
+def test_nothing_more_is_computed_than_asked_for(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    calculator = ours(model, frozen=True)
+    seen: list[tuple[bool, bool]] = []
+    original = calculator.stepper.__class__.__call__
+
+    def record(self: Any, structures: Any, *, forces: bool, stress: bool) -> Any:
+        seen.append((forces, stress))
+        return original(self, structures, forces=forces, stress=stress)
+
+    monkeypatch.setattr(calculator.stepper.__class__, "__call__", record)
+    atoms = structure()
+    atoms.calc = calculator
+    for change in range(3):
+        atoms.positions[0, 0] += 0.01
+        atoms.get_forces()
+        atoms.get_potential_energy()
+        assert "stress" not in calculator.results, change
+    assert seen == [(True, False)] * 3
+    assert "stress" not in calculator.results
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda atoms: None,
+        lambda atoms: atoms.positions.__setitem__((0, 0), np.nextafter(atoms.positions[0, 0], 9) + 1e-12),
+        lambda atoms: atoms.numbers.__setitem__(0, 8 if atoms.numbers[0] != 8 else 1),
+        lambda atoms: atoms.cell.__setitem__((0, 0), atoms.cell[0, 0] + 1e-9),
+        lambda atoms: atoms.set_pbc((True, False, True)),
+        lambda atoms: atoms.set_initial_charges([0.1] * len(atoms)),
+        lambda atoms: atoms.set_initial_magnetic_moments([1.0] * len(atoms)),
+        lambda atoms: atoms.set_initial_charges([0.0] * len(atoms)),
+        lambda atoms: atoms.__delitem__(-1),
+    ],
+)
+def test_changes_are_those_that_ase_names(change: Callable[[Atoms], None], calculator: MACEFastCalculator) -> None:
+    atoms = structure()
+    calculator.calculate(atoms.copy(), ["energy"])
+    change(atoms)
+    assert sorted(calculator.check_state(atoms)) == sorted(Calculator.check_state(calculator, atoms))
+
+
+def test_settings_of_the_stepper(model: torch.nn.Module) -> None:
+    calculator = ours(model, frozen=True, skin=0.3, cuda_graph=False)
+    assert calculator.stepper is not None and calculator.stepper.skin == 0.3
+    assert ours(model).stepper is None
+    with pytest.raises(ValueError, match="skin="):
+        ours(model, frozen=True, skin=-1.0)
+    with pytest.raises(ValueError, match="only frozen programs are captured"):
+        ours(model, frozen=False, cuda_graph=True)
+    with pytest.raises(ValueError, match="one of vesin"):
+        ours(model, frozen=True, neighbours="nvalchemi")
+    if not torch.cuda.is_available():
+        with pytest.raises(MissingToolError, match="cuda_graph=False"):
+            ours(model, frozen=True, cuda_graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [True, False])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_gpu_dynamics(dtype: str, cuda_graph: bool, model: torch.nn.Module, rng: np.random.Generator) -> None:
+    """NVE, then NPT, then an insertion; two calculators in turns."""
+    tolerance = FROZEN_TOLERANCE if dtype == "float64" else 2e-5
+    calculators = [
+        ours(each, frozen=True, device="cuda", default_dtype=dtype, cuda_graph=cuda_graph)
+        for each in (model, build(seed=4))
+    ]
+    references = [ours(each) for each in (model, build(seed=4))]
+    atoms = structure().repeat((2, 1, 1))
+    for step in range(12):
+        atoms.positions += rng.normal(0, 0.03, atoms.positions.shape)
+        if step > 5:
+            atoms.set_cell(atoms.cell * 1.002, scale_atoms=True)
+        if step > 8:
+            atoms += Atoms("H", positions=[atoms.positions[step] + [0.9, 0.6, -0.4]])
+        for calculator, exact in zip(calculators, references, strict=True):
+            calculator.calculate(atoms.copy(), ["forces"] if step < 5 else ["forces", "stress"])
+            assert ("stress" in calculator.results) == (step >= 5)
+            expected = {name: value for name, value in all_results(exact, atoms).items() if name in calculator.results}
+            assert_same_results(calculator.results, expected, tolerance)
+
+
+@pytest.mark.gpu
+def test_gpu_committee(rng: np.random.Generator) -> None:
+    models = [build(seed=seed) for seed in range(3)]
+    on_gpu, on_cpu = ours(models, frozen=True, device="cuda"), ours(models)
+    atoms = structure()
+    for _ in range(4):
+        atoms.positions += rng.normal(0, 0.05, atoms.positions.shape)
+        assert_same_results(all_results(on_gpu, atoms), all_results(on_cpu, atoms), FROZEN_TOLERANCE)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

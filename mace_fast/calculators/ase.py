@@ -8,6 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import Calculator, all_changes
-from ase.stress import full_3x3_to_voigt_6_stress
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from mace.modules import MACE
 from mace.modules.utils import extract_invariant
 
-from mace_fast.calculators.graph import GraphBuilder, find_edges
+from mace_fast.calculators.batches import evaluate_batch, pack
+from mace_fast.calculators.graph import GraphBuilder
+from mace_fast.calculators.results import ase_results, require_finite, total_energy
 from mace_fast.errors import StructureError, UnsupportedModuleError
-from mace_fast.inference import FrozenMACE, verify_frozen
+from mace_fast.inference import FrozenMACE, Stepper, Structures, verify_frozen
+from mace_fast.inference.stepper import DEFAULT_SKIN
 from mace_fast.loading import (
     load_model,
     model_dtype,
@@ -40,6 +43,7 @@ _FORCES = frozenset({"forces", "forces_comm"})
 _STRESS = frozenset({"stress", "stress_var"})
 _ATOMIC_STRESSES = frozenset({"stresses", "virials"})
 
+_ATOMS_PER_BATCH = {"cuda": 2048, "cpu": 256}
 _OTHER_MODEL_TYPES = frozenset({"DipoleMACE", "EnergyDipoleMACE", "DipolePolarizabilityMACE", "PolarMACE"})
 # Keywords of ASE's Calculator, which every calculator takes.
 _ASE_KEYWORDS = frozenset({"restart", "ignore_bad_restart_file", "label", "atoms", "directory"})
@@ -78,12 +82,22 @@ class MACEFastCalculator(Calculator):
             faster than the converted model; it is verified as well, and its tables are made at the first evaluation of
             each set of elements. A model that has no frozen form is evaluated in its converted form, with a warning.
             Descriptors and Hessians always are.
+        skin: A. Candidate pairs are found within cutoff + skin, and used until an atom has moved by half of it or the
+            cell has changed as much; 0 makes a list at each step. The skin does not change results: of the candidates,
+            those within the cutoff are evaluated, or those beyond contribute exactly zero. Frozen programs alone keep
+            candidates.
+        cuda_graph: replay each evaluation as a CUDA graph: one launch in place of hundreds. None does so on a GPU.
+            Graphs are captured for sizes with some room, again when a structure does not fit, and four are kept.
+        neighbours: how pairs are found on a GPU, ``"vesin-cuda"``, ``"nvalchemi"`` or ``"vesin-upload"`` (the CPU's
+            list); None takes the first that works. See :class:`mace_fast.inference.NeighbourSearch`.
         head: name of the model's head; needed where there are several and none is called default.
         compute_atomic_stresses: offer ``stresses`` and ``virials`` per atom.
         **kwargs: ASE's own keywords (``label``, ``directory``, ...).
 
     Attributes:
         models: the converted models.
+        stepper: what evaluates frozen programs and keeps their lists and graphs (``stepper.rebuilds``,
+            ``stepper.search.method``); None for converted models.
         r_max: cutoff in A.
         available_heads, head: the names of the model's heads, and the one in use.
 
@@ -117,6 +131,9 @@ class MACEFastCalculator(Calculator):
         *,
         verify: bool = True,
         frozen: bool = True,
+        skin: float = DEFAULT_SKIN,
+        cuda_graph: bool | None = None,
+        neighbours: str | None = None,
         head: str | None = None,
         compute_atomic_stresses: bool = False,
         model_path: str | None = None,
@@ -155,6 +172,14 @@ class MACEFastCalculator(Calculator):
         )
         self.num_models = len(self.models)
         self._programs = [_frozen_program(model, verify) if frozen else model for model in self.models]
+        _require_one_committee(self.models)
+        self.stepper: Stepper | None = None
+        self._batches: Stepper | None = None
+        programs = [program for program in self._programs if isinstance(program, FrozenMACE)]
+        if len(programs) == len(self._programs):
+            self.stepper = Stepper(programs, skin=skin, cuda_graph=cuda_graph, neighbours=neighbours)
+        elif cuda_graph:
+            raise ValueError("cuda_graph=True: only frozen programs are captured, and this model runs converted")
         self.model_type = model_type
         self.energy_units_to_eV = energy_units_to_eV
         self.length_units_to_A = length_units_to_A
@@ -184,7 +209,6 @@ class MACEFastCalculator(Calculator):
             info_keys=self.info_keys,
             arrays_keys=self.arrays_keys,
         )
-        _require_one_committee(self.models)
         self.implemented_properties = ["energy", "energies", "free_energy", "node_energy", "forces", "stress"]
         if compute_atomic_stresses:
             self.implemented_properties += ["stresses", "virials"]
@@ -193,12 +217,14 @@ class MACEFastCalculator(Calculator):
         self.results: dict[str, Any] = {}
         self._asked: frozenset[str] = frozenset()
         self._asked_before: frozenset[str] = frozenset()
+        self._isolated: tuple[np.ndarray, np.ndarray] | None = None
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last results; changed model inputs in ``atoms.info`` or ``atoms.arrays``
         count.
         """
-        changes: list[str] = super().check_state(atoms, tol=tol)
+        # ASE compares with a tolerance, which takes longer than all else that a step does on the host.
+        changes: list[str] = super().check_state(atoms, tol=tol) if tol > 1e-15 else _changes(self.atoms, atoms)
         if not changes and self.atoms is not None:
             for name, spec in self._build_graph.feature_specs.items():
                 per_atom = spec["per"] == "atom"
@@ -227,14 +253,66 @@ class MACEFastCalculator(Calculator):
             self._asked_before, self._asked = self._asked, frozenset()
         self._asked |= asked
         wanted = self._asked | self._asked_before
-        atomic_stresses = self.compute_atomic_stresses and bool(wanted & _ATOMIC_STRESSES)
-        stress = bool(wanted & _STRESS)
-        outputs = self._evaluate(
-            forces=stress or atomic_stresses or bool(wanted & _FORCES),
-            stress=stress,
-            atomic_stresses=atomic_stresses,
-        )
-        self.results = self.results | self._results(outputs)
+        outputs = self._evaluate(self.atoms, _Wanted.of(wanted, self.compute_atomic_stresses))
+        self.results = self.results | self._results(outputs, self.atoms)
+
+    def forget_lists(self) -> None:
+        """Find neighbours anew at the next step. Its results are then, to the last bit, those of a new calculator;
+        otherwise they depend, by rounding, on the step at which the present list was made.
+        """
+        if self.stepper is not None:
+            self.stepper.forget_lists()
+
+    def evaluate(
+        self,
+        structures: Iterable[Atoms],
+        properties: Iterable[str] = ("energy", "forces"),
+        *,
+        atoms_per_batch: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Results of many structures, several in one evaluation; see :func:`mace_fast.evaluate`.
+
+        Structures of like sizes are put together, up to ``atoms_per_batch`` atoms or one structure; by default 2048 on
+        a GPU and 256 on a CPU. Where a GPU has no memory for that, halves are tried.
+
+        Returns:
+            For each structure, in order, what :attr:`results` would hold. Neither that nor :attr:`atoms` change.
+
+        Raises:
+            PropertyNotImplementedError: of a property that :attr:`implemented_properties` does not list.
+            StructureError: names the number of the structure, from 0.
+        """
+        asked = frozenset(properties)
+        unknown = sorted(asked - set(self.implemented_properties))
+        if unknown:
+            raise PropertyNotImplementedError(
+                f"{', '.join(unknown)}: this model has {', '.join(self.implemented_properties)}"
+            )
+        wanted = _Wanted.of(asked, self.compute_atomic_stresses)
+        given = list(structures)
+        if self.stepper is None or wanted.atomic_stresses:
+            return [self._results(self._evaluate_graph(atoms, wanted), atoms) for atoms in given]
+        if self._batches is None:
+            # Its lists and graphs are not those of dynamics.
+            self._batches = self.stepper.like(skin=0.0, varied=True)
+        limit = atoms_per_batch or _ATOMS_PER_BATCH.get(self.device.type, 2048)
+        read = [self._read(number, atoms) for number, atoms in enumerate(given)]
+        results: list[dict[str, Any]] = [{}] * len(given)
+        for chosen in pack([len(atoms) for atoms in given], limit):
+            parts = evaluate_batch(self._batches, [read[number] for number in chosen], wanted.forces, wanted.stress)
+            for number, found in zip(chosen, parts, strict=True):
+                outputs = self._together(found, wanted)
+                try:
+                    results[number] = self._results(outputs, given[number])
+                except StructureError as exc:
+                    raise StructureError(f"structure {number}: {exc}") from exc
+        return results
+
+    def _read(self, number: int, atoms: Atoms) -> Structures:
+        try:
+            return self._build_graph.read(atoms)
+        except StructureError as exc:
+            raise StructureError(f"structure {number}: {exc}") from exc
 
     def get_hessian(self, atoms: Atoms | None = None) -> np.ndarray | list[np.ndarray]:
         """Second derivatives of the energy, [3N, N, 3] in the model's units; a list of them for a
@@ -285,101 +363,100 @@ class MACEFastCalculator(Calculator):
             raise ValueError("no atoms are given, and none were calculated before")
         return self.atoms if atoms is None else atoms
 
-    def _evaluate(self, *, forces: bool, stress: bool, atomic_stresses: bool) -> dict[str, np.ndarray]:
-        """What the models give for the current atoms, float64, first axis the model, in the models' units."""
-        graph = self._build_graph(self.atoms)
-        names = ["node_energy"]
-        names += ["forces"] if forces else []
-        names += ["stress"] if stress else []
-        names += ["atomic_stresses", "atomic_virials"] if atomic_stresses else []
-        collected: dict[str, list[np.ndarray]] = {name: [] for name in ("energy", *names)}
+    def _evaluate(self, atoms: Atoms, wanted: _Wanted) -> dict[str, np.ndarray]:
+        """What the models give, float64, first axis the model, in the models' units."""
+        if self.stepper is None or wanted.atomic_stresses:
+            return self._evaluate_graph(atoms, wanted)
+        found = self.stepper(self._build_graph.read(atoms), forces=wanted.forces, stress=wanted.stress)
+        return self._together(found, wanted)
+
+    def _evaluate_graph(self, atoms: Atoms, wanted: _Wanted) -> dict[str, np.ndarray]:
+        """By the models' own forward, with a neighbour list of this step."""
+        graph = self._build_graph(atoms)
+        found = []
         for program in self._programs:
-            with torch.set_grad_enabled(forces):
+            with torch.set_grad_enabled(wanted.forces):
                 out = program(
                     _fresh(graph),
-                    compute_force=forces,
-                    compute_stress=stress,
-                    compute_edge_forces=atomic_stresses,
-                    compute_atomic_stresses=atomic_stresses,
+                    compute_force=wanted.forces,
+                    compute_stress=wanted.stress,
+                    compute_edge_forces=wanted.atomic_stresses,
+                    compute_atomic_stresses=wanted.atomic_stresses,
                 )
-            for name in names:
-                values = out[name].detach().cpu().numpy().astype(np.float64)
-                collected[name].append(values[0] if name == "stress" else values)  # the only structure of the batch
-            collected["energy"].append(_total_energy(program, out, collected["node_energy"][-1]))
-        outputs = {name: np.stack(values) for name, values in collected.items()}
-        self._require_finite(outputs)
+            tensors = {name: out[name] for name in ("energy", *wanted.names)}
+            found.append({name: value.detach().cpu().numpy().astype(np.float64) for name, value in tensors.items()})
+        return self._together(found, wanted)
+
+    def _together(self, found: Sequence[Mapping[str, np.ndarray]], wanted: _Wanted) -> dict[str, np.ndarray]:
+        """One structure's outputs of the models, stacked."""
+        outputs = {name: np.stack([each[name] for each in found]) for name in wanted.names}
+        outputs["energy"] = np.stack(
+            [
+                total_energy(model, each["energy"], each["node_energy"])
+                for model, each in zip(self.models, found, strict=True)
+            ]
+        )
+        if wanted.stress:
+            outputs["stress"] = outputs["stress"][:, 0]  # the only structure
         return outputs
 
-    def _results(self, outputs: dict[str, np.ndarray]) -> dict[str, Any]:
-        energy_unit, length_unit = self.energy_units_to_eV, self.length_units_to_A
-        units = {
-            "energy": ("energy", energy_unit),
-            "node_energy": ("energies", energy_unit),
-            "forces": ("forces", energy_unit / length_unit),
-            "stress": ("stress", energy_unit / length_unit**3),
-            "atomic_stresses": ("stresses", energy_unit / length_unit**3),
-            "atomic_virials": ("virials", energy_unit / length_unit**3),
-        }
-        results: dict[str, Any] = {}
-        for output, (name, unit) in units.items():
-            if output not in outputs:
-                continue
-            values = outputs[output] * unit
-            results[name] = values.mean(axis=0)
-            if self.num_models > 1 and name in ("energy", "forces", "stress"):
-                results[f"{name}_comm"] = values
-                results[f"{name}_var"] = values.var(axis=0)
-        for name in ("energy", "energy_var"):
-            if name in results:
-                results[name] = float(results[name])
-        results["free_energy"] = results["energy"]
-        results["node_energy"] = results["energies"] - self._isolated_energies() * energy_unit
-        for name in ("stress", "stresses"):
-            if name in results:
-                results[name] = full_3x3_to_voigt_6_stress(results[name])
-        return results
-
-    def _isolated_energies(self) -> np.ndarray:
+    def _isolated_energies(self, numbers: np.ndarray) -> np.ndarray:
         """[N] the first model's energies of the isolated atoms, which ``node_energy`` leaves out."""
-        index = self._build_graph.species_index(self.atoms.numbers)
-        table = self.models[0].atomic_energies_fn.atomic_energies.detach().cpu().double().numpy()
-        return np.atleast_2d(table)[self._build_graph.head, index]
+        if self._isolated is None or not np.array_equal(self._isolated[0], numbers):
+            index = self._build_graph.species_index(numbers)
+            table = self.models[0].atomic_energies_fn.atomic_energies.detach().cpu().double().numpy()
+            self._isolated = (numbers.copy(), np.atleast_2d(table)[self._build_graph.head, index])
+        return self._isolated[1]
 
-    def _require_finite(self, outputs: dict[str, np.ndarray]) -> None:
-        for name, values in outputs.items():
-            if np.isfinite(values).all():
-                continue
-            message = f"the model's {name} is not finite for this structure"
-            raise StructureError(message + _too_close(self.atoms))
+    def _results(self, outputs: Mapping[str, np.ndarray], atoms: Atoms) -> dict[str, Any]:
+        require_finite(outputs, atoms)
+        return ase_results(
+            outputs, self._isolated_energies(atoms.numbers), self.energy_units_to_eV, self.length_units_to_A
+        )
+
+
+def _changes(old: Atoms | None, new: Atoms) -> list[str]:
+    """What ASE's ``compare_atoms`` names, for exact comparison."""
+    if old is None:
+        return list(all_changes)
+    changes = [name for name in ("positions", "numbers") if not np.array_equal(old.arrays[name], new.arrays[name])]
+    changes += [] if np.array_equal(old.cell.array, new.cell.array) else ["cell"]
+    changes += [] if np.array_equal(old.pbc, new.pbc) else ["pbc"]
+    for name in ("initial_charges", "initial_magmoms"):
+        before, now = (atoms.arrays.get(name) for atoms in (old, new))
+        if (before is not None or now is not None) and not np.array_equal(before, now):
+            changes.append(name)
+    return changes
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be evaluated beside the energies."""
+
+    forces: bool
+    stress: bool
+    atomic_stresses: bool
+
+    @staticmethod
+    def of(properties: frozenset[str], offers_atomic_stresses: bool) -> _Wanted:
+        atomic_stresses = offers_atomic_stresses and bool(properties & _ATOMIC_STRESSES)
+        stress = bool(properties & _STRESS)
+        return _Wanted(stress or atomic_stresses or bool(properties & _FORCES), stress, atomic_stresses)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the outputs of a model, without the energy."""
+        return (
+            "node_energy",
+            *(("forces",) if self.forces else ()),
+            *(("stress",) if self.stress else ()),
+            *(("atomic_stresses", "atomic_virials") if self.atomic_stresses else ()),
+        )
 
 
 def _fresh(graph: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A copy that a model may write into, as MACE's forward does; positions are a leaf of their own."""
     return {**graph, "positions": graph["positions"].detach().clone()}
-
-
-def _total_energy(model: MACE, out: Mapping[str, torch.Tensor], node_energy: np.ndarray) -> np.ndarray:
-    """The energy as a float64 sum over atoms: a float32 total of many atoms has too few digits for dynamics.
-
-    Models whose total holds more than their atoms' energies (an embedding's readout) keep their own sum.
-    """
-    if "embedding_readout" in model._modules:
-        return out["energy"].detach().cpu().numpy().astype(np.float64)[0]
-    return np.sum(node_energy)
-
-
-def _too_close(atoms: Atoms, limit: float = 0.7) -> str:
-    """The most common reason for a result that is not finite, if it holds: two atoms nearer than ``limit``
-    (A).
-    """
-    edges = find_edges(atoms.positions, np.array(atoms.cell), np.array(atoms.pbc), limit)
-    sender, receiver = edges.index
-    vectors = atoms.positions[receiver] - atoms.positions[sender] + edges.shifts @ np.array(atoms.cell)
-    lengths = np.linalg.norm(vectors, axis=1)
-    if not len(lengths):
-        return ""
-    pair = int(np.argmin(lengths))
-    return f"; atoms {sender[pair]} and {receiver[pair]} are {lengths[pair]:.3g} A apart"
 
 
 def _warn_of_other_accelerators(**settings: Any) -> None:

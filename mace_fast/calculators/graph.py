@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import vesin
 from ase import Atoms
 from ase.data import chemical_symbols
-from ase.geometry import complete_cell
 
 from mace_fast.errors import StructureError
+from mace_fast.inference.geometry import volume_cell
+from mace_fast.inference.neighbours import NeighbourSearch
+from mace_fast.inference.verlet import Structures
 
 # Values that mace-torch gives to graph-level features that a structure does not state (mace.data.AtomicData).
-_FEATURE_DEFAULTS = {"total_charge": 0.0, "total_spin": 1.0, "elec_temp": 0.0}
+FEATURE_DEFAULTS = {"total_charge": 0.0, "total_spin": 1.0, "elec_temp": 0.0}
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,10 @@ class Edges:
 
 
 def find_edges(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float) -> Edges:
-    """Every pair within ``cutoff`` (A), through the boundaries that ``pbc`` says are periodic.
+    """Every pair within ``cutoff`` (A), through the boundaries that ``pbc`` says are periodic, found on the CPU.
 
-    Any cell does: triclinic, left-handed, thinner than the cutoff, atoms outside it; vectors of directions
-    that are not periodic are ignored. The order of the edges depends on the structure alone, so results
-    repeat bit for bit.
-
-    vesin was chosen over matscipy, which mace-torch uses: diamond at 6 A, 2 cores, 64 / 1000 / 21952 atoms
-    take 1.1 / 21 / 410 ms against 2.6 / 75 / 750 ms.
+    Any cell does; vectors of directions that are not periodic are ignored. The order of the edges depends on the
+    structure alone, so results repeat bit for bit.
 
     Args:
         positions: [N, 3] float64, finite.
@@ -49,29 +46,8 @@ def find_edges(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff:
         pbc: [3] bool.
         cutoff: in A.
     """
-    periodic_cell = np.where(np.asarray(pbc)[:, None], cell, 0.0)
-    search = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True)
-    # vesin sorts by its first index and gives r_second - r_first + S @ cell. Its first is our receiver, so
-    # S turns round.
-    receiver, sender, shifts = search.compute(
-        points=positions, box=complete_cell(periodic_cell), periodic=pbc, quantities="ijS"
-    )
-    return Edges(index=np.stack([sender, receiver]).view(np.int64), shifts=-shifts)
-
-
-def volume_cell(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float) -> np.ndarray:
-    """The cell that mace-torch hands to the model, whose volume divides the virial into a stress.
-
-    Directions that are not periodic get a vector of five times the largest coordinate times the cutoff,
-    along x, y or z (mace.data.neighborhood.get_neighborhood). The number has no meaning, and is kept so
-    that stresses agree.
-    """
-    result = np.array(cell if cell.any() else np.identity(3), dtype=np.float64)
-    length = (np.max(np.abs(positions)) + 1) * 5 * cutoff
-    for axis in range(3):
-        if not pbc[axis]:
-            result[axis] = length * np.identity(3)[axis]
-    return result
+    found = NeighbourSearch("cpu")(positions, cell, pbc, cutoff)
+    return Edges(index=found.edge_index.numpy(), shifts=found.shifts.numpy())
 
 
 @dataclass
@@ -96,18 +72,34 @@ class GraphBuilder:
     info_keys: Mapping[str, str]
     arrays_keys: Mapping[str, str]
     _numbers: np.ndarray | None = field(default=None, init=False, repr=False)
-    _species_tensors: dict[str, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _index: np.ndarray | None = field(default=None, init=False, repr=False)
+    _cell: tuple[np.ndarray, np.ndarray] | None = field(default=None, init=False, repr=False)
 
-    def __call__(self, atoms: Atoms) -> dict[str, torch.Tensor]:
-        """The input of ``model.forward`` for one structure.
+    def read(self, atoms: Atoms) -> Structures:
+        """One structure as arrays, checked; they are views of the atoms where that costs least.
 
         Raises:
             StructureError: no atoms, an unknown element, positions or a cell that are not finite, a
                 periodic direction without extent, a feature that the model takes and the structure lacks.
         """
-        positions, cell, pbc = atoms.get_positions(), np.array(atoms.cell), np.array(atoms.pbc)
-        _check_geometry(positions, cell, pbc)
-        species = self._species(atoms.numbers)
+        # ASE's getters copy; a position array may be of another dtype where a user put it there.
+        positions = np.asarray(atoms.positions, dtype=np.float64)
+        cell, pbc = np.asarray(atoms.cell.array, dtype=np.float64), np.asarray(atoms.pbc)
+        self._check_geometry(positions, cell, pbc)
+        return Structures(
+            positions=positions,
+            cells=cell[None],
+            pbc=pbc[None],
+            species=self._species(atoms.numbers),
+            ptr=np.array([0, len(positions)]),
+            features=self._features(atoms),
+            head=self.head,
+        )
+
+    def __call__(self, atoms: Atoms) -> dict[str, torch.Tensor]:
+        """The input of ``model.forward`` for one structure; see :meth:`read` for what is refused."""
+        structure = self.read(atoms)
+        positions, cell, pbc = structure.positions, structure.cells[0], structure.pbc[0]
         edges = find_edges(positions, cell, pbc, self.cutoff)
         model_cell = volume_cell(positions, cell, pbc, self.cutoff)
 
@@ -116,14 +108,18 @@ class GraphBuilder:
         # digits.
         centred = torch.from_numpy(positions - positions.mean(axis=0))
         cell64 = torch.from_numpy(model_cell).to(self.device)
+        species = torch.from_numpy(structure.species).to(self.device)
         return {
-            **species,
+            "node_attrs": torch.nn.functional.one_hot(species, len(self.atomic_numbers)).to(self.dtype),
+            "batch": torch.zeros(len(positions), dtype=torch.int64, device=self.device),
+            "ptr": torch.tensor([0, len(positions)], device=self.device),
+            "head": torch.tensor([self.head], device=self.device),
             "positions": centred.to(self.device, self.dtype),
             "cell": cell64.to(self.dtype),
             "edge_index": torch.from_numpy(edges.index).to(self.device),
             "unit_shifts": shifts.to(self.dtype),
             "shifts": (shifts @ cell64).to(self.dtype),
-            **self._features(atoms),
+            **{name: torch.from_numpy(value).to(self.device, self.dtype) for name, value in structure.features.items()},
         }
 
     def species_index(self, numbers: np.ndarray) -> np.ndarray:
@@ -141,41 +137,67 @@ class GraphBuilder:
             raise StructureError(f"the model does not know {unknown}; it was trained on {known}")
         return index
 
-    def _species(self, numbers: np.ndarray) -> dict[str, torch.Tensor]:
-        if self._numbers is None or not np.array_equal(self._numbers, numbers):
-            index = torch.from_numpy(self.species_index(numbers)).to(self.device)
-            one_hot = torch.nn.functional.one_hot(index, len(self.atomic_numbers)).to(self.dtype)
-            self._species_tensors = {
-                "node_attrs": one_hot,
-                "batch": torch.zeros(len(numbers), dtype=torch.int64, device=self.device),
-                "ptr": torch.tensor([0, len(numbers)], device=self.device),
-                "head": torch.tensor([self.head], device=self.device),
-            }
-            self._numbers = numbers.copy()
-        return self._species_tensors
+    def _species(self, numbers: np.ndarray) -> np.ndarray:
+        if self._index is None or self._numbers is None or not np.array_equal(self._numbers, numbers):
+            self._index, self._numbers = self.species_index(numbers), numbers.copy()
+        return self._index
 
-    def _features(self, atoms: Atoms) -> dict[str, torch.Tensor]:
+    def _features(self, atoms: Atoms) -> dict[str, np.ndarray]:
+        """float64; mace-torch's shapes: one number a graph is [1], one a node is [N, 1]."""
         features = {}
         for name, spec in self.feature_specs.items():
             per_atom = spec["per"] == "atom"
             keys, values = (self.arrays_keys, atoms.arrays) if per_atom else (self.info_keys, atoms.info)
             key = keys.get(name, name)
-            value = values.get(key, _FEATURE_DEFAULTS.get(name))
+            value = values.get(key, FEATURE_DEFAULTS.get(name))
             if value is None:
                 place = "atoms.arrays" if per_atom else "atoms.info"
                 raise StructureError(f"the model takes {name!r}, which the structure lacks; set {place}[{key!r}]")
-            tensor = torch.as_tensor(np.asarray(value), device=self.device).to(self.dtype)
-            # mace-torch's shapes: one number a graph is [1], one a node is [N, 1].
-            features[name] = tensor.reshape(len(atoms), -1) if per_atom else tensor.reshape(1)
+            array = np.asarray(value, dtype=np.float64)
+            features[name] = array.reshape(len(atoms), -1) if per_atom else array.reshape(1)
         return features
 
+    def _check_geometry(self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> None:
+        check_positions(positions)
+        last = self._cell
+        if last is None or not (np.array_equal(last[0], cell) and np.array_equal(last[1], pbc)):
+            check_cell(cell, pbc)
+            self._cell = (cell.copy(), pbc.copy())
 
-def _check_geometry(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> None:
+
+def join(structures: Sequence[Structures]) -> Structures:
+    """Several structures as one batch; they must be of one head.
+
+    Raises:
+        ValueError: no structures, or of several heads.
+    """
+    if len({each.head for each in structures}) != 1:
+        raise ValueError("a batch needs at least one structure, and one head for all")
+    sizes = [len(each.species) for each in structures]
+    return Structures(
+        positions=np.concatenate([each.positions for each in structures]),
+        cells=np.concatenate([each.cells for each in structures]),
+        pbc=np.concatenate([each.pbc for each in structures]),
+        species=np.concatenate([each.species for each in structures]),
+        ptr=np.concatenate([[0], np.cumsum(sizes)]),
+        features={
+            name: np.concatenate([each.features[name] for each in structures]) for name in structures[0].features
+        },
+        head=structures[0].head,
+    )
+
+
+def check_positions(positions: np.ndarray) -> None:
+    """Refuse a structure without atoms, or with positions that are not finite."""
     if len(positions) == 0:
         raise StructureError("the structure has no atoms")
     if not np.isfinite(positions).all():
         atom = int(np.flatnonzero(~np.isfinite(positions).all(axis=1))[0])
         raise StructureError(f"the position of atom {atom} is not a finite number: {positions[atom]}")
+
+
+def check_cell(cell: np.ndarray, pbc: np.ndarray) -> None:
+    """Refuse a cell that is not finite, or without extent along its periodic directions."""
     if not np.isfinite(cell).all():
         raise StructureError(f"the cell is not finite: {cell.tolist()}")
     periodic = cell[pbc]

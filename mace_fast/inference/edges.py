@@ -68,28 +68,42 @@ class SortedEdges(NamedTuple):
         return Segments(self.receiver, None, self.receiver_row)
 
 
-def sort_edges(edge_index: Tensor, lengths: Tensor, node_attrs: Tensor, *, by_species: bool) -> SortedEdges:
+def sort_edges(
+    edge_index: Tensor,
+    lengths: Tensor,
+    species: Tensor,
+    num_species: int,
+    *,
+    by_species: bool,
+    present: tuple[int, ...] | None = None,
+) -> SortedEdges:
     """Sort edges and find the species; waits for the device once.
+
+    Args:
+        edge_index: [2, E] int64.
+        lengths: [E].
+        species: [N] int64.
+        num_species: how many the model knows.
+        by_species: whether tables depend on the two species of an edge.
+        present: the species to have tables for, at least those that occur; None for those.
 
     Raises:
         ValueError: an index names no atom.
     """
-    nodes = node_attrs.shape[0]
+    nodes = species.shape[0]
     by_length = torch.argsort(lengths, stable=True)
     permutation = by_length[torch.argsort(edge_index[1][by_length], stable=True)]
     sender, receiver = edge_index[0][permutation], edge_index[1][permutation]
     graph = edge_graph(sender, receiver, nodes, nodes)
     graph.check()
-    species = node_attrs.argmax(dim=1)
-    groups = segments(species, node_attrs.shape[1])
+    groups = segments(species, num_species)
     assert groups.order is not None
-    present: tuple[int, ...] = ()
     pair = None
-    if by_species:
+    if by_species and present is None:
         present = tuple(sorted(set(species.tolist())))
-        local = torch.full((node_attrs.shape[1],), -1, dtype=torch.int32, device=species.device)
-        local[list(present)] = torch.arange(len(present), dtype=torch.int32, device=species.device)
-        pair = local[species[sender]] * len(present) + local[species[receiver]]
+    if by_species:
+        assert present is not None
+        pair = local_pairs(species, present, num_species, sender, receiver)
     return SortedEdges(
         permutation,
         graph.sender,
@@ -102,8 +116,17 @@ def sort_edges(edge_index: Tensor, lengths: Tensor, node_attrs: Tensor, *, by_sp
         groups.row_ptr,
         species[sender].to(torch.int32),
         pair,
-        present,
+        present if by_species and present is not None else (),
     )
+
+
+def local_pairs(
+    species: Tensor, present: tuple[int, ...], num_species: int, sender: Tensor, receiver: Tensor
+) -> Tensor:
+    """[E] int32, which of the tables of the present species' pairs each edge uses."""
+    local = torch.full((num_species,), -1, dtype=torch.int32, device=species.device)
+    local[list(present)] = torch.arange(len(present), dtype=torch.int32, device=species.device)
+    return local[species[sender]] * len(present) + local[species[receiver]]
 
 
 def pad(edges: SortedEdges, capacity: int) -> SortedEdges:

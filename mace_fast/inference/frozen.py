@@ -62,6 +62,7 @@ class FrozenMACE(torch.nn.Module):
         self.__dict__["_converted"] = (fast,)
         self._memo = EdgeMemo()
         self._prepared: Prepared | None = None
+        self._parameter_dicts: list[dict[str, Any]] = [module._parameters for module in self.modules()]
         self.table_error: float | None = None
 
     def __reduce__(self) -> tuple[type[FrozenMACE], tuple[torch.nn.Module]]:
@@ -147,7 +148,14 @@ class FrozenMACE(torch.nn.Module):
                 if inside is not None and not bool(inside):
                     raise ValueError(f"edge_index holds an index outside [0, {nodes}); rebuild the neighbour list")
                 lengths = (data["positions"][receiver] - data["positions"][sender] + data["shifts"]).norm(dim=1)
-                edges = sort_edges(data["edge_index"], lengths, data["node_attrs"], by_species=depends_on_species(self))
+                species = data["node_attrs"].argmax(dim=1)
+                edges = sort_edges(
+                    data["edge_index"],
+                    lengths,
+                    species,
+                    data["node_attrs"].shape[1],
+                    by_species=depends_on_species(self),
+                )
             self._memo.put(sources, edges)
         return edges
 
@@ -188,13 +196,10 @@ class FrozenMACE(torch.nn.Module):
         return prepared
 
     def _fingerprint(self) -> tuple[object, ...]:
-        parameters = list(self.parameters())
-        return (
-            sum(p._version for p in parameters),
-            parameters[0].data_ptr(),
-            parameters[0].dtype,
-            parameters[0].device,
-        )
+        """Changes when a parameter is written, moved, converted or replaced. Asked for at every evaluation."""
+        parameters = [p for group in self._parameter_dicts for p in group.values() if p is not None]
+        first = parameters[0]
+        return (sum(p._version for p in parameters), first.data_ptr(), first.dtype, first.device)
 
     def _tables(self, present: tuple[int, ...]) -> list[SplineTable]:
         exact = copy.deepcopy(self._converted[0]).to("cpu", torch.float64)

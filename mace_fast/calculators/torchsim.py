@@ -1,0 +1,181 @@
+"""torch-sim's model interface: batched dynamics and relaxation of many systems with mace_fast's kernels.
+
+    from mace_fast.calculators.torchsim import MACEFastModel
+
+    model = MACEFastModel("my.model", device="cuda", default_dtype="float32")
+    torch_sim.integrate(system=frames, model=model, ...)
+
+Needs torch-sim (``pip install torch-sim-atomistic``), which nothing else in mace_fast does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mace_fast.calculators.ase import MACEFastCalculator
+from mace_fast.calculators.graph import FEATURE_DEFAULTS, check_cell, check_positions
+from mace_fast.calculators.results import total_energy
+from mace_fast.calculators.screening import Model
+from mace_fast.errors import MissingToolError, StructureError, UnsupportedModuleError
+from mace_fast.inference import Structures
+
+
+def _interface() -> Any:
+    try:
+        return importlib.import_module("torch_sim.models.interface").ModelInterface
+    except ImportError as error:
+        raise MissingToolError(
+            f"torch-sim cannot be imported ({error}); install it: pip install torch-sim-atomistic"
+        ) from error
+
+
+_ModelInterface: Any = _interface()
+
+
+class MACEFastModel(_ModelInterface):
+    """A MACE model for torch-sim. Between calls it keeps the neighbour list, with a skin, and CUDA graphs.
+
+    Results follow torch-sim's conventions: eV and A, detached, on the device and in the dtype of the state's positions.
+    The systems of a state may be of any sizes; a system's results do not depend on the others, beyond rounding.
+
+    Args:
+        model: a file, a public model's name, a module, or a :class:`MACEFastCalculator` whose frozen program is used.
+        compute_forces, compute_stress: what :meth:`forward` returns; both can be set later.
+        **settings: of the calculator that is made (``device``, ``default_dtype``, ``head``, ``skin``, ``cuda_graph``,
+            ``verify`` ...).
+
+    Raises:
+        UnsupportedModuleError: the model has no frozen form.
+        TypeError: settings beside a calculator.
+    """
+
+    def __init__(
+        self,
+        model: MACEFastCalculator | Model,
+        *,
+        compute_forces: bool = True,
+        compute_stress: bool = True,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, MACEFastCalculator):
+            if settings:
+                raise TypeError(f"{', '.join(sorted(settings))}: these were given when the calculator was made")
+            calculator = model
+        else:
+            given = "models" if isinstance(model, torch.nn.Module) else "model_paths"
+            calculator = MACEFastCalculator(**{given: model}, **settings)  # type: ignore[arg-type]
+        if calculator.stepper is None:
+            raise UnsupportedModuleError("the model has no frozen form, which the torch-sim interface runs")
+        self._calculator = calculator
+        self._stepper = calculator.stepper.like()
+        self._device = calculator.device
+        self._dtype = getattr(torch, calculator.default_dtype)
+        self._compute_forces, self._compute_stress = compute_forces, compute_stress
+        self._memory_scales_with = "n_atoms_x_density"
+
+    @property
+    def compute_forces(self) -> bool:
+        """Whether forces are returned."""
+        return self._compute_forces
+
+    @compute_forces.setter
+    def compute_forces(self, value: bool) -> None:
+        self._compute_forces = value
+
+    @property
+    def compute_stress(self) -> bool:
+        """Whether stresses are returned."""
+        return self._compute_stress
+
+    @compute_stress.setter
+    def compute_stress(self, value: bool) -> None:
+        self._compute_stress = value
+
+    def forward(self, state: Any, **_: Any) -> dict[str, Tensor]:
+        """Energy [systems], and where asked for forces [atoms, 3] and stress [systems, 3, 3].
+
+        Args:
+            state: torch-sim's ``SimState``, or a mapping with its fields.
+
+        Raises:
+            StructureError: as the ASE calculator; names the system.
+            ValueError: the atoms of a system do not follow one another.
+        """
+        positions = _field(state, "positions")
+        calculator = self._calculator
+        unit, length = calculator.energy_units_to_eV, calculator.length_units_to_A
+        found = self._stepper(self._read(state), forces=self._compute_forces, stress=self._compute_stress)
+        batch = _numpy(_field(state, "system_idx"), np.int64)
+
+        def mean(values: list[np.ndarray], factor: float) -> Tensor:
+            array = np.mean(values, axis=0) * factor
+            return torch.from_numpy(array).to(positions.device, positions.dtype)
+
+        energies = []
+        for model, each in zip(calculator.models, found, strict=True):
+            count = len(each["energy"])
+            per_atom = np.split(each["node_energy"], np.cumsum(np.bincount(batch, minlength=count))[:-1])
+            energies.append(
+                np.array([total_energy(model, each["energy"][n : n + 1], per_atom[n]) for n in range(count)])
+            )
+        results = {"energy": mean(energies, unit)}
+        if self._compute_forces:
+            results["forces"] = mean([each["forces"] for each in found], unit / length)
+        if self._compute_stress:
+            results["stress"] = mean([each["stress"] for each in found], unit / length**3)
+        return results
+
+    def _read(self, state: Any) -> Structures:
+        positions = _numpy(_field(state, "positions"), np.float64)
+        cells = _numpy(_field(state, "cell"), np.float64).reshape(-1, 3, 3).swapaxes(1, 2)  # columns are the vectors
+        batch = _numpy(_field(state, "system_idx"), np.int64)
+        numbers = _numpy(_field(state, "atomic_numbers"), np.int64)
+        if (np.diff(batch) < 0).any():
+            raise ValueError("the atoms of a system must follow one another: system_idx is not sorted")
+        periodic = np.broadcast_to(_numpy(_field(state, "pbc"), np.bool_), (len(cells), 3))
+        ptr = np.concatenate([[0], np.cumsum(np.bincount(batch, minlength=len(cells)))])
+        for number, (cell, pbc) in enumerate(zip(cells, periodic, strict=True)):
+            try:
+                check_positions(positions[ptr[number] : ptr[number + 1]])
+                check_cell(cell, pbc)
+            except StructureError as exc:
+                raise StructureError(f"system {number}: {exc}") from exc
+        builder = self._calculator._build_graph
+        return Structures(
+            positions=positions,
+            cells=np.ascontiguousarray(cells),
+            pbc=np.ascontiguousarray(periodic),
+            species=builder.species_index(numbers),
+            ptr=ptr,
+            features={name: _feature(state, name, spec, len(cells)) for name, spec in builder.feature_specs.items()},
+            head=builder.head,
+        )
+
+
+def _field(state: Any, name: str) -> Any:
+    return state[name] if isinstance(state, Mapping) else getattr(state, name)
+
+
+def _numpy(values: Any, dtype: Any) -> np.ndarray:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    return np.asarray(values, dtype=dtype)
+
+
+def _feature(state: Any, name: str, spec: Mapping[str, Any], systems: int) -> np.ndarray:
+    """A further input of the model: torch-sim's states carry a charge and a spin where they are given."""
+    field = {"total_charge": "charge", "total_spin": "spin"}.get(name, name)
+    value = state.get(field) if isinstance(state, Mapping) else getattr(state, field, None)
+    if value is not None:
+        array = _numpy(value, np.float64)
+        return array.reshape(len(array), -1) if spec["per"] == "atom" else array.reshape(systems)
+    if name not in FEATURE_DEFAULTS or spec["per"] == "atom":
+        raise StructureError(f"the model takes {name!r}, which the state lacks; set its field {field!r}")
+    return np.full(systems, FEATURE_DEFAULTS[name])

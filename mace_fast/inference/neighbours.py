@@ -1,0 +1,237 @@
+"""Neighbour search: pairs of atoms within a cutoff, on the CPU or on the GPU, behind one call.
+
+Which library does it is a choice of :class:`NeighbourSearch`; its attribute ``method`` says which one is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import vesin
+from ase.geometry import complete_cell
+from torch import Tensor
+
+from mace_fast.errors import MissingToolError
+from mace_fast.inference.verlet import Structures
+
+logger = logging.getLogger(__name__)
+
+CPU_METHODS = ("vesin",)
+CUDA_METHODS = ("vesin-cuda", "nvalchemi", "vesin-upload")
+
+
+class Neighbours(NamedTuple):
+    """Pairs of atoms, each in both directions, on one device.
+
+    Attributes:
+        edge_index: [2, E] int64, row 0 the sender, row 1 the receiver, as MACE's ``edge_index``.
+        shifts: [E, 3] int32; the vector of an edge is ``positions[receiver] - positions[sender] + shifts @ cell``.
+    """
+
+    edge_index: Tensor
+    shifts: Tensor
+
+
+class NeighbourSearch:
+    """Every pair within a cutoff, through the boundaries that are periodic.
+
+    Any cell does: triclinic, left-handed, thinner than the cutoff, atoms outside it. Directions that are not periodic
+    are ignored, whatever vector they have.
+
+    Methods:
+
+    - ``"vesin"``: on the CPU, the only one there. It was chosen over matscipy, which mace-torch uses: diamond at 6 A on
+      2 cores, 64 / 1000 / 21952 atoms take 1.1 / 21 / 410 ms against 2.6 / 75 / 750 ms.
+    - ``"vesin-cuda"``: vesin's CUDA search. Nothing else to install; compiled at first use, in float64. Releases before
+      0.6 missed pairs in triclinic and partly periodic cells, so the first list of each kind of cell is compared with
+      the CPU's.
+    - ``"nvalchemi"``: nvalchemi-toolkit-ops (``pip install nvalchemi-toolkit-ops``), which brings warp-lang, 150 MB.
+    - ``"vesin-upload"``: the CPU's list, copied to the GPU.
+
+    Args:
+        device: where the pairs are wanted.
+        method: one of these; None takes the first of them that works on this device, and logs it.
+
+    Attributes:
+        method: the one in use. With None on a GPU it is decided at the first search.
+
+    Raises:
+        ValueError: a method that the device does not have.
+        MissingToolError: a package that the method needs is not installed.
+    """
+
+    def __init__(self, device: torch.device | str, method: str | None = None) -> None:
+        self.device = torch.device(device)
+        methods = CPU_METHODS if self.device.type == "cpu" else CUDA_METHODS
+        if method is not None and method not in methods:
+            raise ValueError(f"method={method!r}: neighbours on {self.device} are found by one of {', '.join(methods)}")
+        if method == "nvalchemi" and not _has_nvalchemi():
+            raise MissingToolError(
+                "nvalchemi-toolkit-ops is not installed: pip install nvalchemi-toolkit-ops, or use method='vesin-cuda'"
+            )
+        self.method = CPU_METHODS[0] if self.device.type == "cpu" else method
+        self._search: dict[str, tuple[float, vesin.NeighborList]] = {}
+        self._compared: set[tuple[object, ...]] = set()
+
+    def __reduce__(self) -> tuple[type[NeighbourSearch], tuple[torch.device, str | None]]:
+        return NeighbourSearch, (self.device, self.method)
+
+    def __call__(self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float) -> Neighbours:
+        """The pairs of one structure.
+
+        Args:
+            positions: [N, 3] float64, finite.
+            cell: [3, 3] float64, rows are the vectors.
+            pbc: [3] bool.
+            cutoff: in A.
+        """
+        if self.method is None:
+            return self._first(positions, cell, pbc, cutoff)
+        return self._find(self.method, positions, cell, pbc, cutoff)
+
+    def batch(self, structures: Structures, cutoff: float) -> Neighbours:
+        """The pairs of several structures, atoms counted through. Small structures are searched on the CPU: a search on
+        a GPU waits for it several times.
+        """
+        parts = np.split(structures.positions, structures.ptr[1:-1])
+        small = len(parts) > 1 and max(map(len, parts)) <= _SMALL
+        find = self._find_on_host if small else self
+        found = [find(*each, cutoff) for each in zip(parts, structures.cells, structures.pbc, strict=True)]
+        if len(found) == 1:
+            return found[0]
+        index = [each.edge_index + int(first) for each, first in zip(found, structures.ptr[:-1], strict=True)]
+        return Neighbours(
+            torch.cat(index, dim=1).to(self.device), torch.cat([each.shifts for each in found]).to(self.device)
+        )
+
+    def _find_on_host(self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float) -> Neighbours:
+        return self._vesin_cpu(positions, _periodic_box(cell, pbc), pbc, cutoff)
+
+    def _first(self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float) -> Neighbours:
+        """Decide on a method for this GPU by trying: vesin finds out at the first search whether it can compile."""
+        try:
+            found = self._find("vesin-cuda", positions, cell, pbc, cutoff)
+            self.method = "vesin-cuda"
+        except RuntimeError as error:
+            self.method = "nvalchemi" if _has_nvalchemi() else "vesin-upload"
+            logger.warning(
+                "vesin cannot search on %s (%s); neighbour lists are made by %s%s",
+                self.device,
+                str(error).splitlines()[0][:200],
+                self.method,
+                "" if self.method == "nvalchemi" else ", on the CPU (or pip install nvalchemi-toolkit-ops)",
+            )
+            found = self._find(self.method, positions, cell, pbc, cutoff)
+        logger.info("neighbours on %s are found by %s", self.device, self.method)
+        return found
+
+    def _find(self, method: str, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float) -> Neighbours:
+        if len(positions) == 0:
+            return Neighbours(
+                torch.zeros((2, 0), dtype=torch.int64, device=self.device),
+                torch.zeros((0, 3), dtype=torch.int32, device=self.device),
+            )
+        box = _periodic_box(cell, pbc)
+        if method == "nvalchemi":
+            return _nvalchemi(positions, box, pbc, cutoff, self.device)
+        if method == "vesin-cuda":
+            return self._vesin_cuda(positions, box, pbc, cutoff)
+        return Neighbours(*(t.to(self.device) for t in self._vesin_cpu(positions, box, pbc, cutoff)))
+
+    def _vesin(self, cutoff: float, where: str) -> vesin.NeighborList:
+        """Its object, which keeps its memory, for one cutoff and device."""
+        if where not in self._search or self._search[where][0] != cutoff:
+            self._search[where] = (cutoff, vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True))
+        return self._search[where][1]
+
+    def _vesin_cpu(self, positions: np.ndarray, box: np.ndarray, pbc: np.ndarray, cutoff: float) -> Neighbours:
+        receiver, sender, shifts = self._vesin(cutoff, "cpu").compute(
+            points=positions, box=box, periodic=pbc, quantities="ijS"
+        )
+        # vesin sorts by its first index, our receiver, and gives r_second - r_first + S @ cell, so S turns round.
+        index = torch.from_numpy(np.stack([sender, receiver]).view(np.int64))
+        return Neighbours(index, torch.from_numpy(np.negative(shifts)))
+
+    def _vesin_cuda(self, positions: np.ndarray, box: np.ndarray, pbc: np.ndarray, cutoff: float) -> Neighbours:
+        with torch.cuda.device(self.device):
+            points, on_device, periodic = (
+                torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in (positions, box, pbc)
+            )
+            # vesin works on the default stream whatever torch's current one is.
+            torch.cuda.current_stream(self.device).synchronize()
+            pairs, shifts = self._vesin(cutoff, "cuda").compute(
+                points=points, box=on_device, periodic=periodic, quantities="PS"
+            )
+            torch.cuda.default_stream(self.device).synchronize()
+            found = Neighbours(pairs.view(torch.int64).T.flip(0).contiguous(), -shifts)
+        kind = _kind(box, pbc, cutoff)
+        if kind not in self._compared:
+            expected = self._vesin_cpu(positions, box, pbc, cutoff)
+            degrees, right = (_degrees(each, positions, box, cutoff) for each in (found, expected))
+            if not np.array_equal(degrees, right):
+                raise RuntimeError(
+                    "vesin's list on the GPU is not that on the CPU: pip install -U vesin, or have it made by another "
+                    "method: neighbours='vesin-upload' or 'nvalchemi'"
+                )
+            self._compared.add(kind)
+        return found
+
+
+def _periodic_box(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
+    """Vectors of directions that are not periodic are replaced: they may be anything, zero too."""
+    return np.ascontiguousarray(complete_cell(np.where(np.asarray(pbc)[:, None], cell, 0.0)))
+
+
+def _kind(box: np.ndarray, pbc: np.ndarray, cutoff: float) -> tuple[object, ...]:
+    """Cells that take the same way through a search: periodicity, handedness, shape, number of images."""
+    heights = 1 / np.linalg.norm(np.linalg.inv(box), axis=0)
+    square = bool(np.allclose(box, np.diag(np.diag(box))))
+    return (*np.asarray(pbc).tolist(), bool(np.linalg.det(box) < 0), square, *np.ceil(2 * cutoff / heights).tolist())
+
+
+def _degrees(found: Neighbours, positions: np.ndarray, box: np.ndarray, cutoff: float) -> np.ndarray:
+    """[N] neighbours of each atom, without those that rounding may put on either side of the cutoff."""
+    (sender, receiver), shifts = found.edge_index.cpu().numpy(), found.shifts.cpu().numpy()
+    vectors = positions[receiver] - positions[sender] + shifts @ box
+    near = np.linalg.norm(vectors, axis=1) < cutoff - 1e-6
+    return np.bincount(receiver[near], minlength=len(positions))
+
+
+def _has_nvalchemi() -> bool:
+    return importlib.util.find_spec("nvalchemiops") is not None
+
+
+def _nvalchemi(
+    positions: np.ndarray, box: np.ndarray, pbc: np.ndarray, cutoff: float, device: torch.device
+) -> Neighbours:
+    module = importlib.import_module("nvalchemiops.torch.neighbors")  # optional, and slow to import
+
+    points, cell, periodic = (
+        torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in (positions, box[None], pbc[None])
+    )
+    room = _NVALCHEMI_ROOM
+    while True:
+        # The matrix form says how many neighbours each atom has, whether or not they fitted. Its list form drops the
+        # surplus silently in some releases.
+        matrix, counts, shifts, *_ = module.neighbor_list(
+            points, cutoff, cell=cell, pbc=periodic, max_neighbors=room, fill_value=len(positions)
+        )
+        most = int(counts.max())
+        if most <= room:
+            break
+        room = -(-most // _NVALCHEMI_ROOM) * _NVALCHEMI_ROOM
+    receiver, slot = (torch.arange(matrix.shape[1], device=device)[None] < counts[:, None]).nonzero(as_tuple=True)
+    index = torch.stack([matrix[receiver, slot].to(torch.int64), receiver])
+    return Neighbours(index, -shifts[receiver, slot].to(torch.int32))
+
+
+_SMALL = 1000
+"""Atoms of each structure of a batch up to which the CPU finds its pairs."""
+
+_NVALCHEMI_ROOM = 256
+"""Neighbours of an atom that its matrix has room for at first; more of them take a second search."""

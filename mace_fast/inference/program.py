@@ -1,0 +1,273 @@
+"""A frozen model with static shapes: buffers for so many atoms, edges and structures, evaluated as they are filled.
+
+Everything has a fixed size, and nothing in an evaluation waits for the device, so that on CUDA it is one graph that is
+captured once and replayed. Lists are loaded at a rebuild of the neighbour list; a step brings positions, in one copy,
+and takes all results back in one copy. On the CPU the same program runs without a graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mace_fast.errors import MissingToolError
+from mace_fast.inference.edges import SortedEdges, pad
+from mace_fast.inference.frozen import FrozenMACE, atomic_forces, pair_virials, virials_and_stress
+
+FAR = 1.0e4
+"""Length (A) of an edge that pads a list: beyond every cutoff, so that all it contributes is exactly zero."""
+
+_WARMUPS = 3
+
+
+class Bucket(NamedTuple):
+    """Sizes of a program: what it has room for. The atoms that fill it up are a structure of their own."""
+
+    atoms: int
+    edges: int
+    graphs: int
+
+    def holds(self, atoms: int, edges: int, graphs: int) -> bool:
+        """Whether there is room for so many."""
+        return atoms <= self.atoms and edges <= self.edges and graphs <= self.graphs
+
+
+class StaticProgram:
+    """One evaluation of a model at fixed sizes.
+
+    Args:
+        model: on its device, with its dtype.
+        bucket: the sizes.
+        forces, stress: what is computed beside the energies.
+        capture: replay a CUDA graph; otherwise every operation is launched by itself.
+        pool: memory pool shared with other graphs, which never run at the same time.
+
+    Raises:
+        MissingToolError: ``capture`` on a device that is not CUDA.
+    """
+
+    def __init__(
+        self,
+        model: FrozenMACE,
+        bucket: Bucket,
+        *,
+        forces: bool,
+        stress: bool,
+        capture: bool,
+        pool: Any = None,
+    ) -> None:
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        if capture and self.device.type != "cuda":
+            raise MissingToolError(
+                f"CUDA graphs need a CUDA device; the model is on {self.device}. Pass cuda_graph=False"
+            )
+        self.model, self.bucket, self.forces, self.stress = model, bucket, forces or stress, stress
+        self.version: tuple[Any, ...] | None = None
+        """What is loaded, as the caller counts it."""
+        self._capture = capture
+        self._pool = pool
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._prepared: object = None
+        self._moved = False
+        self._edges: SortedEdges | None = None
+        self._data: dict[str, Tensor] = {}
+        self._sizes = (0, 0)
+        atoms, edges, graphs = bucket
+        pinned = self.device.type == "cuda"
+
+        def buffer(*shape: int) -> tuple[Tensor, Tensor]:
+            host = torch.zeros(shape, dtype=torch.float64, pin_memory=pinned)
+            return host, torch.zeros(shape, dtype=torch.float64, device=self.device) if pinned else host
+
+        # Positions, then cells: what changes from step to step, together.
+        self._host_inputs, self._inputs = buffer(atoms + 3 * (graphs + 1), 3)
+        self._inputs_array = self._host_inputs.numpy()
+        self._parts: dict[str, tuple[int, ...]] = {"node_energy": (atoms,), "energy": (graphs + 1,)}
+        self._parts |= {"forces": (atoms, 3)} if self.forces else {}
+        self._parts |= {"stress": (graphs + 1, 3, 3), "virials": (graphs + 1, 3, 3)} if stress else {}
+        self._host_outputs, self._outputs = buffer(sum(math.prod(shape) for shape in self._parts.values()))
+        self._outputs_array = self._host_outputs.numpy()
+        self._shifts = torch.full((edges, 3), FAR, dtype=torch.float64, device=self.device)
+
+    @property
+    def captured(self) -> bool:
+        """Whether a graph is held."""
+        return self._graph is not None
+
+    @property
+    def pool(self) -> Any:
+        """The memory pool of the graph, or None before it is captured."""
+        return self._pool
+
+    def load(self, edges: SortedEdges, data: Mapping[str, Tensor], version: tuple[Any, ...]) -> None:
+        """Fill in a neighbour list and what else does not change from step to step.
+
+        Args:
+            edges: of at most ``bucket.atoms`` atoms: if fewer, they are filled up here.
+            data: ``node_attrs``, ``batch``, ``ptr``, ``head`` and embedded features, as MACE takes them.
+            version: kept as :attr:`version` when all is loaded.
+
+        Raises:
+            ValueError: more atoms, edges or structures than the bucket has room for.
+        """
+        self.version = None
+        atoms, count, graphs = data["node_attrs"].shape[0], edges.sender.shape[0], data["ptr"].shape[0] - 1
+        if not self.bucket.holds(atoms, count, graphs):
+            raise ValueError(f"{atoms} atoms, {count} edges, {graphs} structures do not fit into {self.bucket}")
+        if edges.num_atoms != self.bucket.atoms:
+            raise ValueError(f"edges are sorted for {edges.num_atoms} atoms, and must be for {self.bucket.atoms}")
+        self._edges = _assign(self._edges, pad(edges, self.bucket.edges))
+        filled = pad_inputs(data, self.bucket, self.model)
+        if self._data.keys() == filled.keys():
+            for name, target in self._data.items():
+                target.copy_(filled[name])
+        else:
+            self._data, self._moved = {name: value.clone() for name, value in filled.items()}, True
+        self._shifts[count:] = FAR
+        self._sizes = (atoms, graphs)
+        self.version = version
+
+    def set_shifts(self, shifts: Tensor) -> None:
+        """[count, 3] float64, A, of the loaded edges in their order: what a cell that changes brings."""
+        self._shifts[: shifts.shape[0]] = shifts
+
+    def set_features(self, data: Mapping[str, Tensor]) -> None:
+        """Other values of the embedded features."""
+        for name, value in pad_inputs(data, self.bucket, self.model).items():
+            self._data[name].copy_(value)
+
+    def step(self, positions: np.ndarray, cells: np.ndarray) -> dict[str, np.ndarray]:
+        """Results for positions [N, 3] and cells [G, 3, 3] (the volume of the latter divides stresses), float64."""
+        atoms, graphs = self._sizes
+        self._inputs_array[:atoms] = positions
+        start = self.bucket.atoms
+        self._inputs_array[start : start + 3 * graphs] = cells.reshape(-1, 3)
+        if self._inputs is not self._host_inputs:
+            self._inputs.copy_(self._host_inputs, non_blocking=True)
+        self.run()
+        if self._outputs is not self._host_outputs:
+            self._host_outputs.copy_(self._outputs, non_blocking=True)
+            torch.cuda.current_stream(self.device).synchronize()
+        return {name: self._outputs_array[part].reshape(shape).copy() for name, part, shape in self._layout()}
+
+    def step_on_device(self, positions: Tensor, cells: Tensor) -> dict[str, Tensor]:
+        """The same with tensors on the device; the results are copies, float64."""
+        atoms, graphs = self._sizes
+        start = self.bucket.atoms
+        self._inputs[:atoms] = positions.detach()
+        self._inputs[start : start + 3 * graphs] = cells.detach().reshape(-1, 3)
+        self.run()
+        return {name: self._outputs[part].view(shape).clone() for name, part, shape in self._layout()}
+
+    def run(self) -> None:
+        """Evaluate what is in the buffers; on CUDA this does not wait for the device."""
+        assert self._edges is not None, "load() comes first"
+        prepared = self.model.prepare(self._edges.present)
+        if not self._capture:
+            self._evaluate()
+            return
+        if self._graph is None or self._moved or prepared is not self._prepared:
+            self._record()
+            # Held, since the graph reads its weights where they lie.
+            self._prepared, self._moved = prepared, False
+        assert self._graph is not None
+        self._graph.replay()
+
+    def _record(self) -> None:
+        """Capture the evaluation; kernels are compiled and libraries choose their algorithms in the runs before.
+
+        A graph that is there already stays until the next is, so that its pool of memory lives on and serves it too.
+        """
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                for _ in range(_WARMUPS):
+                    self._evaluate()
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may work on the GPU meanwhile: other calculators of this process do.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                self._evaluate()
+        self._pool = graph.pool() if self._pool is None else self._pool
+        self._graph = graph
+
+    def _evaluate(self) -> None:
+        edges, atoms = self._edges, self.bucket.atoms
+        assert edges is not None
+        positions, cells = self._inputs[:atoms], self._inputs[atoms:].view(-1, 3, 3)
+        # Differences of positions are made in float64: they are right to the last bit of a float32 anywhere in space.
+        vectors = positions.index_select(0, edges.receiver) - positions.index_select(0, edges.sender)
+        vectors = (vectors + self._shifts).to(self.dtype)
+        with torch.set_grad_enabled(self.forces):
+            out, edge_forces = self.model.evaluate(self._data, edges, vectors, want_forces=self.forces)
+        results = {"node_energy": out["node_energy"], "energy": out["energy"]}
+        if edge_forces is not None:
+            results["forces"] = atomic_forces(edge_forces, edges)
+            if self.stress:
+                per_edge = pair_virials(vectors, edge_forces)
+                data = {**self._data, "cell": cells.to(self.dtype)}
+                results["virials"], results["stress"] = virials_and_stress(per_edge, edges, data, True)
+        flat = []
+        for name in self._parts:
+            value = results[name]
+            assert value is not None
+            flat.append(value.detach().to(torch.float64).flatten())
+        torch.cat(flat, out=self._outputs)
+
+    def _layout(self) -> list[tuple[str, slice, tuple[int, ...]]]:
+        """Where the results of what is loaded lie in the packed outputs, and their shapes."""
+        atoms, graphs = self._sizes
+        parts, start = [], 0
+        for name, shape in self._parts.items():
+            row = math.prod(shape[1:])
+            rows = atoms if name in _OF_ATOMS else graphs
+            parts.append((name, slice(start, start + rows * row), (rows, *shape[1:])))
+            start += math.prod(shape)
+        return parts
+
+
+_OF_ATOMS = ("node_energy", "forces")
+
+
+def pad_inputs(data: Mapping[str, Tensor], bucket: Bucket, model: FrozenMACE) -> dict[str, Tensor]:
+    """MACE's inputs filled up to a bucket: further atoms like the first belong to one structure more, which is last."""
+    atoms, graphs = data["node_attrs"].shape[0], data["ptr"].shape[0] - 1
+
+    def filled(values: Tensor, count: int) -> Tensor:
+        rest = values[:1].expand(count - values.shape[0], *values.shape[1:])
+        return torch.cat([values, rest])
+
+    ptr = torch.full((bucket.graphs + 2,), atoms, dtype=data["ptr"].dtype, device=data["ptr"].device)
+    ptr[: graphs + 1] = data["ptr"]
+    ptr[-1] = bucket.atoms
+    batch = torch.full((bucket.atoms,), bucket.graphs, dtype=data["batch"].dtype, device=data["batch"].device)
+    batch[:atoms] = data["batch"]
+    padded = {"node_attrs": filled(data["node_attrs"], bucket.atoms), "batch": batch, "ptr": ptr}
+    if "head" in data:
+        padded["head"] = filled(data["head"], bucket.graphs + 1)
+    for name, spec in feature_specs(model).items():
+        padded[name] = filled(data[name], bucket.atoms if spec["per"] == "atom" else bucket.graphs + 1)
+    return padded
+
+
+def feature_specs(model: Any) -> Mapping[str, Mapping[str, Any]]:
+    """What a model takes beside atoms; mace-torch sets the attribute only on models that take something."""
+    return getattr(model, "embedding_specs", None) or {}
+
+
+def _assign(targets: SortedEdges | None, edges: SortedEdges) -> SortedEdges:
+    """The edges in tensors that stay where they are: copies at first, later written into."""
+    if targets is None:
+        copies: dict[str, Any] = {name: t.clone() for name, t in edges._asdict().items() if isinstance(t, Tensor)}
+        return edges._replace(**copies)
+    for name, target in targets._asdict().items():
+        if isinstance(target, Tensor):
+            target.copy_(getattr(edges, name))
+    return targets._replace(present=edges.present)

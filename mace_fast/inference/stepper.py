@@ -1,0 +1,421 @@
+"""From positions to energies, forces and stress, step after step: candidates, static programs, and what lives how long.
+
+A step takes positions. Candidate pairs within cutoff + skin are found when atoms have moved so far that a pair could be
+missing. On a GPU they fill a program of static shapes, which is replayed as a CUDA graph; on the CPU they are narrowed
+to the edges within the cutoff. The skin changes no result beyond rounding: an edge beyond the cutoff contributes
+exactly nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mace_fast.errors import DeviceError
+from mace_fast.inference.device_errors import explain_device_error, is_device_error
+from mace_fast.inference.edges import SortedEdges, sort_edges
+from mace_fast.inference.exact import ExactList
+from mace_fast.inference.frozen import FrozenMACE, atomic_forces, pair_virials, virials_and_stress
+from mace_fast.inference.geometry import volume_cell
+from mace_fast.inference.neighbours import NeighbourSearch
+from mace_fast.inference.program import Bucket, StaticProgram, feature_specs
+from mace_fast.inference.radial import depends_on_species
+from mace_fast.inference.verlet import Structures, Verlet
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SKIN = 0.5
+"""A. See the README for what was measured."""
+
+_MANY_SPECIES = 6
+"""Where each pair of species has tables, those of up to so many species stay when others come; more take too long."""
+
+_EDGE_STEP = 1024
+Results = dict[str, np.ndarray]
+
+
+class Stepper:
+    """Evaluates structures that are mostly the last ones, moved a little.
+
+    Anything may change from call to call: positions, cells, species, numbers of atoms and structures, what is asked
+    for. What has to be made anew is made before anything is computed with it.
+
+    Args:
+        models: one frozen model, or a committee that agrees on cutoff, elements, dtype and device.
+        skin: A, by which candidates reach beyond the cutoff; 0 makes a list at each step.
+        cuda_graph: replay a CUDA graph; None does on CUDA. False launches every operation by itself.
+        static: fill programs of static shapes, as on CUDA; None does on CUDA. On the CPU it is for tests.
+        neighbours: method of the search, see :class:`NeighbourSearch`.
+        keep: programs kept for each model; the one not used for longest is dropped, with its graph and memory.
+        varied: sizes differ from call to call, as in screening: programs are made for the next of a few sizes.
+
+    Attributes:
+        search: who finds neighbours; ``search.method`` says how.
+        rebuilds: how many candidate lists were made.
+        captures: how many programs were made.
+
+    Raises:
+        MissingToolError: ``cuda_graph=True`` on a device that is not CUDA.
+        ValueError: a negative skin.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[FrozenMACE],
+        *,
+        skin: float = DEFAULT_SKIN,
+        cuda_graph: bool | None = None,
+        static: bool | None = None,
+        neighbours: str | None = None,
+        keep: int = 4,
+        varied: bool = False,
+    ) -> None:
+        if not skin >= 0:
+            raise ValueError(f"skin={skin!r}: a distance in A, 0 for a new list at each step")
+        self.models = list(models)
+        self.device = next(self.models[0].parameters()).device
+        on_gpu = self.device.type == "cuda"
+        self._capture = on_gpu if cuda_graph is None else cuda_graph
+        self._static = on_gpu or bool(static) or self._capture
+        if self._capture:
+            StaticProgram(self.models[0], Bucket(1, 1, 1), forces=False, stress=False, capture=True)
+        self._options = {
+            "skin": skin,
+            "cuda_graph": cuda_graph,
+            "static": static,
+            "neighbours": neighbours,
+            "keep": keep,
+            "varied": varied,
+        }
+        self.skin, self._keep, self._varied = skin, keep, varied
+        self.search = NeighbourSearch(self.device, neighbours)
+        self._cutoff = float(self.models[0].r_max)
+        self._num_species = len(self.models[0].atomic_numbers)
+        self._by_species = any(depends_on_species(model) for model in self.models)
+        self._specs = feature_specs(self.models[0])
+        self.rebuilds = self.captures = self._inputs_made = 0
+        self._present: tuple[int, ...] = ()
+        self._programs: OrderedDict[tuple[Any, ...], StaticProgram] = OrderedDict()
+        self.reset()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _make, (self.models, self._options)
+
+    def like(self, **changes: Any) -> Stepper:
+        """Another one for the same models, with some arguments changed."""
+        return _make(self.models, {**self._options, **changes})
+
+    def reset(self) -> None:
+        """Forget lists, programs and graphs, as happens after an error: the next call makes what it needs."""
+        self.forget_lists()
+        self._programs.clear()
+        self._inputs: dict[str, Tensor] = {}
+        self._inputs_of: Structures | None = None
+        self._again: list[Callable[[], object]] = []
+
+    def forget_lists(self) -> None:
+        """Find neighbours anew at the next call. Its results then depend on nothing that came before, to the last bit:
+        on a GPU the order in which edges are summed is that of their lengths when the list was made.
+        """
+        self._exact: ExactList | None = None
+        self._list: _DeviceList | None = None
+
+    def repeat(self) -> None:
+        """The last evaluation once more, without input, lists and output: what no step can be faster than. On CUDA it
+        does not wait. For benchmarks.
+        """
+        for evaluate in self._again:
+            evaluate()
+
+    def __call__(self, structures: Structures, *, forces: bool = True, stress: bool = False) -> list[Results]:
+        """Results of each model, float64, in the model's units.
+
+        ``node_energy`` [N], ``energy`` [G], ``forces`` [N, 3] where asked for; with ``stress``, that and ``virials``
+        [G, 3, 3]. Stress is the virial over the volume that mace-torch takes (see ``volume_cell``).
+
+        Raises:
+            DeviceError: the GPU reported an error; the message says whether this process can go on.
+            torch.OutOfMemoryError: lists and graphs are dropped, and the next call begins anew.
+        """
+        try:
+            cells = structures.cells
+            if stress:
+                cells = _volume_cells(structures, self._cutoff)
+            if self._static:
+                return self._step_static(structures, cells, forces, stress)
+            return self._step_exact(structures, cells, forces, stress)
+        except Exception as error:
+            self.reset()
+            if self.device.type == "cuda" and is_device_error(error):
+                raise DeviceError(explain_device_error(error, self.device)) from error
+            raise
+
+    def _species_with_tables(self, structures: Structures) -> tuple[int, ...] | None:
+        """For which species tables are to exist; None where one table serves all pairs."""
+        if not self._by_species:
+            return None
+        needed = set(np.unique(structures.species).tolist())
+        if not needed <= set(self._present):
+            together = needed | set(self._present)
+            self._present = tuple(sorted(together if len(together) <= _MANY_SPECIES else needed))
+        return self._present
+
+    def _model_inputs(self, structures: Structures) -> dict[str, Tensor]:
+        """MACE's input without positions, cells and edges; made again when it changes."""
+        last = self._inputs_of
+        if last is not None and _same_inputs(last, structures):
+            return self._inputs
+        dtype = next(self.models[0].parameters()).dtype
+        graphs = len(structures.cells)
+        species = torch.from_numpy(structures.species)
+        inputs = {
+            "node_attrs": torch.nn.functional.one_hot(species, self._num_species).to(dtype),
+            "batch": torch.from_numpy(structures.batch),
+            "ptr": torch.from_numpy(structures.ptr),
+            "head": torch.full((graphs,), structures.head),
+            **{name: torch.from_numpy(np.asarray(structures.features[name])).to(dtype) for name in self._specs},
+        }
+        self._inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        self._inputs_of = _own_inputs(structures)
+        self._inputs_made += 1
+        return self._inputs
+
+    # --- on the host, exact lists
+
+    def _step_exact(self, structures: Structures, cells: np.ndarray, forces: bool, stress: bool) -> list[Results]:
+        if self._exact is None or not self._exact.verlet.holds(structures):
+            present = self._species_with_tables(structures)
+            self._exact = ExactList(structures, self.search, self._cutoff, self.skin, self._num_species, present)
+            self.rebuilds += 1
+        edges, exact_vectors = self._exact.within(structures)
+        data = self._model_inputs(structures)
+        dtype = data["node_attrs"].dtype
+        vectors = exact_vectors.to(dtype)
+        results = []
+        self._again = []
+        for model in self.models:
+            evaluate = partial(_evaluate_exact, model, data, edges, vectors, forces or stress)
+            self._again.append(evaluate)
+            out, edge_forces = evaluate()
+            found = {"node_energy": out["node_energy"], "energy": out["energy"]}
+            if edge_forces is not None:
+                found["forces"] = atomic_forces(edge_forces, edges)
+                if stress:
+                    per_edge = pair_virials(vectors, edge_forces)
+                    with_cell = {**data, "cell": torch.from_numpy(cells).to(dtype)}
+                    found["virials"], found["stress"] = virials_and_stress(per_edge, edges, with_cell, True)
+            results.append({n: v.detach().numpy().astype(np.float64) for n, v in found.items() if v is not None})
+        return results
+
+    # --- static shapes
+
+    def _step_static(self, structures: Structures, cells: np.ndarray, forces: bool, stress: bool) -> list[Results]:
+        if self._list is None or not self._list.verlet.holds(structures):
+            self._list = self._find(structures)
+            self.rebuilds += 1
+        candidates = self._list
+        data = self._model_inputs(structures)
+        results: list[Results] = []
+        again: list[Callable[[], object]] = []
+        for number, model in enumerate(self.models):
+            program = self._program(number, model, candidates, structures, forces or stress, stress)
+            loaded = program.version
+            # Numbers, not objects: a program that waits must not keep a list alive.
+            if loaded is None or loaded[0] != self.rebuilds:
+                program.load(candidates.sorted_for(program.bucket.atoms), data, (self.rebuilds,))
+                loaded = (self.rebuilds, 0, self._inputs_made)
+            candidates.set_cells(structures.cells)
+            if loaded[1] != candidates.cells_set:
+                program.set_shifts(candidates.shifts)
+            if loaded[2] != self._inputs_made:
+                program.set_features(data)
+            program.version = (self.rebuilds, candidates.cells_set, self._inputs_made)
+            results.append(program.step(structures.positions, cells))
+            again.append(program.run)
+        self._again = again
+        return results
+
+    def _find(self, structures: Structures) -> _DeviceList:
+        return _DeviceList(
+            structures,
+            self.search,
+            self._cutoff,
+            self.skin,
+            self._num_species,
+            self._species_with_tables(structures),
+        )
+
+    def _program(
+        self,
+        number: int,
+        model: FrozenMACE,
+        candidates: _DeviceList,
+        structures: Structures,
+        forces: bool,
+        stress: bool,
+    ) -> StaticProgram:
+        """A program with room enough: the smallest that there is, or a new one."""
+        sizes = (len(structures.species), candidates.count, len(structures.cells))
+        mine = [key for key in self._programs if key[0] == number and key[2:] == (forces, stress)]
+        fitting = [key for key in mine if key[1].holds(*sizes) and not _wasteful(key[1], *sizes)]
+        if fitting:
+            key = min(fitting, key=lambda key: (key[1].edges, key[1].atoms))
+        else:
+            known = [key[1] for key in self._programs if key[0] == number]
+            bucket = _coarse_bucket(*sizes) if self._varied else _bucket(*sizes, known)
+            key = (number, bucket, forces, stress)
+            while len(self._programs) >= self._keep * len(self.models):
+                self._programs.popitem(last=False)
+            pool = next((p.pool for p in self._programs.values() if p.captured), None)
+            self._programs[key] = StaticProgram(
+                model, bucket, forces=forces, stress=stress, capture=self._capture, pool=pool
+            )
+            self.captures += 1
+            logger.info("program for %d atoms, %d candidate edges: %s", sizes[0], sizes[1], bucket)
+        self._programs.move_to_end(key)
+        return self._programs[key]
+
+
+def _make(models: Sequence[FrozenMACE], options: dict[str, Any]) -> Stepper:
+    return Stepper(models, **options)
+
+
+def _evaluate_exact(
+    model: FrozenMACE, data: dict[str, Tensor], edges: SortedEdges, vectors: Tensor, want_forces: bool
+) -> tuple[dict[str, Tensor | None], Tensor | None]:
+    with torch.set_grad_enabled(want_forces):
+        return model.evaluate(data, edges, vectors, want_forces=want_forces)
+
+
+class _DeviceList:
+    """Candidates on the device, sorted when they are found."""
+
+    def __init__(
+        self,
+        structures: Structures,
+        search: NeighbourSearch,
+        cutoff: float,
+        skin: float,
+        num_species: int,
+        present: tuple[int, ...] | None,
+    ) -> None:
+        self.verlet = Verlet(structures, cutoff, skin)
+        self._num_species, self._present = num_species, present
+        device = search.device
+        self._index, self._images = search.batch(structures, cutoff + skin)
+        self._species = torch.from_numpy(structures.species).to(device)
+        self._graph = torch.from_numpy(structures.batch).to(device) if len(structures.cells) > 1 else None
+        positions = torch.from_numpy(structures.positions).to(device)
+        sender, receiver = self._index
+        shifts = self._cartesian(self._images, receiver, torch.from_numpy(structures.cells).to(device))
+        self._lengths = (positions[receiver] - positions[sender] + shifts).norm(dim=1)
+        self._sorted: dict[int, SortedEdges] = {}
+        self._sorted_images: Tensor | None = None
+        self._cells: np.ndarray | None = None
+        self.shifts = shifts
+        """[E, 3] float64, A, in sorted order, for the cells that were set last."""
+        self.cells_set = 0
+        """How often other cells were set."""
+
+    @property
+    def count(self) -> int:
+        """E."""
+        return self._index.shape[1]
+
+    def _cartesian(self, images: Tensor, receiver: Tensor, cells: Tensor) -> Tensor:
+        if self._graph is None:
+            return images.to(torch.float64) @ cells[0]
+        return (images.to(torch.float64)[:, :, None] * cells[self._graph[receiver.long()]]).sum(dim=1)
+
+    def sorted_for(self, atoms: int) -> SortedEdges:
+        """Edges for so many atoms, of which those beyond the structures' are like the first and have no edges."""
+        if atoms not in self._sorted:
+            rest = self._species[:1].expand(atoms - self._species.shape[0])
+            self._sorted[atoms] = sort_edges(
+                self._index,
+                self._lengths,
+                torch.cat([self._species, rest]),
+                self._num_species,
+                by_species=self._present is not None,
+                present=self._present,
+            )
+        return self._sorted[atoms]
+
+    def set_cells(self, cells: np.ndarray) -> None:
+        """Make :attr:`shifts`; edges have been sorted before. Does not wait for the device."""
+        if self._cells is not None and np.array_equal(self._cells, cells):
+            return
+        edges = next(iter(self._sorted.values()))  # atoms without edges do not change the order
+        if self._sorted_images is None:
+            self._sorted_images = self._images[edges.permutation]
+        on_host = torch.from_numpy(cells)
+        if self._index.is_cuda:
+            # From pinned memory, which torch keeps until the copy is done: no wait, and nothing is overwritten.
+            on_device = on_host.pin_memory().to(self._index.device, non_blocking=True)
+        else:
+            on_device = on_host
+        self.shifts = self._cartesian(self._sorted_images, edges.receiver, on_device)
+        self._cells = cells.copy()
+        self.cells_set += 1
+
+
+def _bucket(atoms: int, edges: int, graphs: int, known: list[Bucket]) -> Bucket:
+    """Sizes for a new program: no room for more atoms until their number has changed, as in dynamics it does not."""
+    grows = any(b.graphs == graphs and 0.8 * atoms <= b.atoms < atoms for b in known)
+    room = -(-max(8, atoms // 8) // 8) * 8 if grows else 0
+    overflowed = any(b.atoms >= atoms and 0.8 * edges <= b.edges < edges for b in known)
+    with_room = edges + edges // (6 if overflowed or grows else 16)
+    return Bucket(atoms + room, max(1, -(-with_room // _EDGE_STEP)) * _EDGE_STEP, graphs)
+
+
+def _coarse_bucket(atoms: int, edges: int, graphs: int) -> Bucket:
+    """One of few sizes, four in a doubling: batches of about one size find the program of another."""
+
+    def above(size: int, step: int) -> int:
+        exponent = math.ceil(4 * math.log2(max(1.0, size / step)) - 1e-9)
+        return max(size, math.ceil(step * 2 ** (exponent / 4)))
+
+    return Bucket(above(atoms, 16), above(edges, _EDGE_STEP), above(graphs, 1))
+
+
+def _wasteful(bucket: Bucket, atoms: int, edges: int, graphs: int) -> bool:
+    """Whether most of a bucket would be padding."""
+    return bucket.atoms > 2 * atoms + 16 or bucket.edges > 2 * edges + 8 * _EDGE_STEP or bucket.graphs > 2 * graphs + 4
+
+
+def _volume_cells(structures: Structures, cutoff: float) -> np.ndarray:
+    if structures.pbc.all():
+        return structures.cells
+    parts = np.split(structures.positions, structures.ptr[1:-1])
+    return np.stack([volume_cell(*each, cutoff) for each in zip(parts, structures.cells, structures.pbc, strict=True)])
+
+
+def _own_inputs(structures: Structures) -> Structures:
+    """What model inputs depend on, safe from writes of the caller."""
+    return Structures(
+        positions=np.zeros((0, 3)),
+        cells=structures.cells[:, :0],
+        pbc=structures.pbc[:0],
+        species=structures.species.copy(),
+        ptr=structures.ptr.copy(),
+        features={name: np.array(value) for name, value in structures.features.items()},
+        head=structures.head,
+    )
+
+
+def _same_inputs(old: Structures, new: Structures) -> bool:
+    return (
+        old.head == new.head
+        and np.array_equal(old.species, new.species)
+        and np.array_equal(old.ptr, new.ptr)
+        and old.features.keys() == new.features.keys()
+        and all(np.array_equal(value, new.features[name]) for name, value in old.features.items())
+    )
