@@ -22,14 +22,17 @@ import mace_fast
 from mace_fast import MACEFastCalculator, convert, freeze, verify
 from mace_fast.cli.console import progress_bar
 from mace_fast.cli.console import stdout as console
-from mace_fast.cli.md import interrupt_flag, status_line, summary_table
+from mace_fast.cli.md import status_line, summary_table
 from mace_fast.cli.models import match_table
+from mace_fast.cli.running import interrupt_flag
 from mace_fast.errors import MaceFastError
 from mace_fast.files import published
 from mace_fast.inference import FrozenMACE, verify_frozen
 from mace_fast.loading import load_model
-from mace_fast.md.dynamics import MDResult, MDSettings, Sample, run
+from mace_fast.md.dynamics import MDResult, run
+from mace_fast.md.files import Sample
 from mace_fast.md.picture import draw_run
+from mace_fast.md.settings import MDSettings
 from mace_fast.md.speed import Timing, time_steps
 from mace_fast.patch.match import match
 from mace_fast.verification import EquivalenceReport
@@ -139,10 +142,10 @@ def _dynamics(crystal: Atoms, calculator: MACEFastCalculator, settings: MDSettin
     with progress_bar() as bar, interrupt_flag() as interrupted:
         task = bar.add_task(atoms.get_chemical_formula(), total=settings.steps, status="")
 
-        def show(sample: Sample) -> None:
-            bar.update(task, completed=sample.step, status=status_line(sample, len(atoms)))
+        def show(sample: Sample, ns_per_day: float) -> None:
+            bar.update(task, completed=sample.step, status=status_line(sample, len(atoms), ns_per_day))
 
-        result = run(atoms, settings, output, on_sample=show, stop=interrupted)
+        result = run(atoms, settings, output, existing="replace", on_sample=show, stop=interrupted)
     console.print(summary_table(result, output))
     return result
 
@@ -186,7 +189,7 @@ def _print_summary(summary: dict[str, Any], output: Path) -> None:
         f"of {comparison['largest_force_eV_per_A']:.2f}",
         "dynamics": f"{dynamics['steps']} steps, mean temperature {dynamics['mean_temperature']:.0f} K, "
         f"{dynamics['ns_per_day']:.2f} ns/day",
-        "files": f"{output}/: trajectory.extxyz, log.csv, picture.png, report.json",
+        "files": f"{output}/: trajectory.extxyz, log.csv, restart.npz, picture.png, report.json",
     }
     console.print(Rule("Summary", align="left"))
     for name, text in lines.items():

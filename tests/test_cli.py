@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import ase.io
-import numpy as np
 import pytest
 import torch
 
@@ -61,7 +57,7 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str
     return result
 
 
-@pytest.mark.parametrize("command", ["convert", "verify", "info", "bench", "md"])
+@pytest.mark.parametrize("command", ["convert", "verify", "info", "bench", "md", "relax"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
@@ -177,58 +173,6 @@ def test_bench(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0 and "mace-torch" in out
 
 
-def test_md(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = (
-        "md",
-        folder / "water.xyz",
-        "--model",
-        folder / "my.model",
-        "--steps",
-        7,
-        "--log-interval",
-        3,
-    )
-    arguments = (*arguments, "-o", tmp_path / "out", "--timestep", 0.1, "--no-verify", "--dtype", "float32")
-    result = run_json(capsys, *arguments, "--temperature", 50)
-    assert result["steps"] == 7 and result["atoms"] == 8 and result["interrupted"] is False
-    names = sorted(entry.name for entry in (tmp_path / "out").iterdir())
-    assert names == ["log.csv", "picture.png", "trajectory.extxyz"]
-    frames = ase.io.read(tmp_path / "out/trajectory.extxyz", index=":")
-    assert [frame.info["step"] for frame in frames] == [0, 3, 6, 7]
-    status, _, err = run(capsys, *arguments)
-    assert status == 1 and "holds an earlier run" in err
-    status, out, err = run(capsys, *arguments, "--force", "--ensemble", "nve", "--repeat", 2)
-    assert status == 0 and "64" in out and "meV/atom/ps" in out
-
-
-def test_md_stops_cleanly(folder: Path, tmp_path: Path) -> None:
-    """Ctrl-C in the middle of a long run: exit status 130, every frame whole, the summary still printed."""
-    output = tmp_path / "out"
-    command = [sys.executable, "-m", "mace_fast.cli", "md", folder / "water.xyz", "-m", folder / "my.model"]
-    options = ["--steps", "1000000", "--timestep", "0.05", "--no-verify", "--json", "-o", output]
-    process = subprocess.Popen(
-        [str(part) for part in (*command, *options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 300
-    log = output / "log.csv"
-    while not (log.exists() and log.read_text().count("\n") > 3):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    result = json.loads(out)
-    assert result["interrupted"] is True
-    frames = ase.io.read(output / "trajectory.extxyz", index=":")
-    assert frames[-1].info["step"] == result["steps"]
-    assert np.isfinite([frame.get_potential_energy() for frame in frames]).all()
-    assert (output / "picture.png").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -239,6 +183,8 @@ def test_md_stops_cleanly(folder: Path, tmp_path: Path) -> None:
         (("convert", "{}/my.model", "-o", "{}"), "is a directory"),
         (("md", "{}/nowhere.cif", "-m", "{}/my.model"), "no such structure file"),
         (("md", "{}/text.model", "-m", "{}/my.model"), "ASE cannot read it"),
+        (("relax", "{}/nowhere.cif", "-m", "{}/my.model"), "no such structure file"),
+        (("relax", "{}/iron.xyz", "-m", "{}/my.model", "--no-verify", "-o", "{}/iron"), "does not know Fe"),
         (("md", "{}/iron.xyz", "-m", "{}/my.model", "--no-verify", "-o", "{}/iron"), "does not know Fe"),
         (("verify", "{}/text.model"), "a text file"),
     ],
@@ -255,7 +201,23 @@ def test_errors_are_one_line_and_status_1(
 
 @pytest.mark.parametrize(
     "arguments",
-    [("nonsense",), ("info",), ("md", "x.cif"), ("md", "x.cif", "-m", "y", "--steps", "0"), ("convert", "a")],
+    [
+        ("nonsense",),
+        ("info",),
+        ("convert", "a"),
+        ("md", "x.cif"),
+        ("md", "x.cif", "-m", "y", "--steps", "0"),
+        ("md", "x.cif", "-m", "y", "--temperature", "-1"),
+        ("md", "x.cif", "-m", "y", "--temperature", "nan"),
+        ("md", "x.cif", "-m", "y", "--temperature", "0", "--thermostat", "bussi"),
+        ("md", "x.cif", "-m", "y", "--ensemble", "nvp"),
+        ("md", "x.cif", "-m", "y", "--seed", "-1"),
+        ("md", "x.cif", "-m", "y", "--restart", "--overwrite"),
+        ("relax", "x.cif"),
+        ("relax", "x.cif", "-m", "y", "--fmax", "0"),
+        ("relax", "x.cif", "-m", "y", "--cell", "round"),
+        ("relax", "x.cif", "-m", "y", "--pressure", "5"),
+    ],
 )
 def test_wrong_usage_is_status_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, *arguments)[0] == 2

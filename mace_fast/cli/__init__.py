@@ -1,4 +1,4 @@
-"""The command line: ``mace-fast convert | verify | info | bench | md``."""
+"""The command line: ``mace-fast convert | verify | info | bench | md | relax``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mace_fast.cli.bench import bench
 from mace_fast.cli.console import stderr
 from mace_fast.cli.md import md
 from mace_fast.cli.models import convert, info, verify
+from mace_fast.cli.relax import relax
 from mace_fast.errors import MaceFastError
 
 app = typer.Typer(
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (convert, verify, info, bench, md):
+for command in (convert, verify, info, bench, md, relax):
     app.command()(command)
 
 

@@ -29,7 +29,7 @@ from mace_fast.cli.options import (
     usage_errors,
 )
 from mace_fast.loading import load_model, model_dtype, require_energy_model
-from mace_fast.md.dynamics import MDSettings
+from mace_fast.md.settings import MDSettings
 from mace_fast.md.speed import Timing, time_steps
 from mace_fast.zoo import alloy, diamond
 

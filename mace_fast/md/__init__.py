@@ -1,3 +1,3 @@
-"""Molecular dynamics of a structure with any ASE calculator: the driver behind ``mace-fast md`` and the
-demo.
+"""Molecular dynamics and relaxation of a structure with any ASE calculator: the drivers behind ``mace-fast md``,
+``mace-fast relax`` and the demo.
 """

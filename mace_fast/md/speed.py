@@ -10,7 +10,8 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 
-from mace_fast.md.dynamics import MDSettings, integrator, prepare_velocities
+from mace_fast.md.integrators import integrator, prepare_velocities
+from mace_fast.md.settings import MDSettings
 
 
 @dataclass(frozen=True)

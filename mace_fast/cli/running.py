@@ -1,0 +1,66 @@
+"""What ``md`` and ``relax`` share: their calculator, a clean stop, what identifies a model."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from mace_fast.calculators import MACEFastCalculator
+from mace_fast.cli.console import say
+from mace_fast.cli.options import Precision, choose_device, usage_errors
+
+INTERRUPTED = 130
+
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", "--force", help="Replace what an earlier run left in the directory.")
+]
+Structure = Annotated[Path, typer.Argument(help="Any file that ASE reads (cif, xyz, POSCAR ...); its last structure.")]
+Repeat = Annotated[int, typer.Option(min=1, help="Repeat the cell so many times along each vector.")]
+
+
+def make_calculator(
+    model: str, device: str | None, dtype: Precision | None, head: str | None, no_verify: bool
+) -> MACEFastCalculator:
+    """The calculator that the shared options describe."""
+    place = choose_device(device)
+    say(f"loading and converting {model}" + ("" if no_verify else ", verifying the conversion"))
+    with usage_errors():
+        return MACEFastCalculator(
+            model,
+            device=place,
+            default_dtype="" if dtype is None else dtype.value,
+            head=head,
+            verify=not no_verify,
+        )
+
+
+def model_identity(model: str, calculator: MACEFastCalculator) -> dict[str, str]:
+    """What must be the same for a run to go on with this model: its bytes (or public name), dtype and head."""
+    path = Path(model)
+    name = f"{path.name} ({hashlib.sha256(path.read_bytes()).hexdigest()[:12]})" if path.is_file() else model
+    return {"model": name, "dtype": calculator.default_dtype, "head": calculator.head}
+
+
+@contextlib.contextmanager
+def interrupt_flag() -> Iterator[Callable[[], bool]]:
+    """Within the block Ctrl-C and SIGTERM set a flag, which the yielded function reads; a second one stops at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
