@@ -24,6 +24,12 @@ _BOOKKEEPING = 40
 SHARED_BYTES = 64 * 1024
 """Shared memory that one block may take, so that at least three blocks stay resident on sm_80 and later."""
 
+_GROUPS = 4
+"""Receivers that a block works on where one warp has all channels, unless shared memory makes their tiles too short."""
+
+_SHORT_TILE = 8
+"""Edges of a tile below which a block takes one receiver instead."""
+
 MAX_WARPS = 8
 """Warps that share one receiver, 32 channels each; more channels go to further blocks."""
 
@@ -241,17 +247,19 @@ def _plan(description: ChannelwiseTensorProduct, item_bytes: int, role: Role, sc
     channels = -(-max(path.mul for path in flat) // schedule.vector)
     warps = min(-(-channels // 32), MAX_WARPS)
     channel_blocks = -(-channels // (warps * 32))
-    groups = 4 if warps == 1 else 1
     exact = all(path.mul == warps * 32 * channel_blocks * schedule.vector for path in flat)
     quad = 16 // item_bytes
     limit = schedule.registers * 4 // (item_bytes * schedule.vector)
     split, together = _split(flat, limit)
     form_bytes = item_bytes * (2 if role.dual else 1)
-    written: set[int] = set()
-    segments = []
-    for paths in split:
-        segments.append(_segment(paths, warps, quad, groups, form_bytes, description.y_dim, item_bytes, written))
-        written.update(slot.offset for slot in segments[-1].x)
+    for groups in (_GROUPS, 1) if warps == 1 else (1,):
+        written: set[int] = set()
+        segments = []
+        for paths in split:
+            segments.append(_segment(paths, warps, quad, groups, form_bytes, description.y_dim, item_bytes, written))
+            written.update(slot.offset for slot in segments[-1].x)
+        if min(segment.tile for segment in segments) >= _SHORT_TILE:
+            break
     return ChannelwisePlan(
         schedule,
         role,
@@ -350,6 +358,6 @@ def _segment(
         m_used += padded
     stride = m_used if (m_used // quad) % 2 else m_used + quad  # an odd number of 16-byte words: no bank conflicts
     tile = 32
-    while tile > 4 and (tile * stride * form_bytes + warps * tile * y_dim * item_bytes) * groups > SHARED_BYTES:
+    while tile > 1 and (tile * stride * form_bytes + warps * tile * y_dim * item_bytes) * groups > SHARED_BYTES:
         tile //= 2
     return SegmentPlan(tuple(x_slots.values()), tuple(z_slots.values()), tuple(planned), stride, tile)
