@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from typing import Any
 
 # e3nn 0.4 reads its constants with torch.load; torch 2.6 and later need this before its first import.
 os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -26,6 +27,28 @@ def seed(request: pytest.FixtureRequest) -> int:
 def rng(seed: int) -> np.random.Generator:
     """NumPy generator from the printed seed."""
     return np.random.default_rng(seed)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Failures are named as they happen: a long suite on a borrowed GPU may be cut short before its summary."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None:
+        config.pluginmanager.register(FailuresAtOnce(terminal))
+
+
+class FailuresAtOnce:
+    """Prints what failed and why, in a line."""
+
+    def __init__(self, terminal: Any) -> None:
+        self._terminal = terminal
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = str(crash.message if crash else report.longrepr).splitlines() or [""]
+            self._terminal.write_line(f"\nFAILED {report.nodeid} ({report.when}): {why[0][:300]}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
