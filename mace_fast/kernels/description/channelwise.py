@@ -97,6 +97,8 @@ class ChannelwiseTensorProduct:
                 )
             if not abs(l1 - l2) <= l3 <= l1 + l2:
                 raise UnsupportedDescriptionError(f"path {number}: l = {l1} x {l2} cannot give {l3}")
+        # Known from the start: torch.compile cannot trace the lock with which Python up to 3.11 caches a property.
+        _ = self.key, self.x_dim, self.y_dim, self.z_dim, self.weight_numel
 
     @staticmethod
     def _dim(blocks: tuple[Segment, ...]) -> int:

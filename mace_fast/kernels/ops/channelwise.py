@@ -82,6 +82,7 @@ def channelwise_tp_conv(
         TypeError: operands differ in dtype, or are neither float32 nor float64.
         ValueError: a shape or device does not match the description or graph.
     """
+    x, y, w = _without_autocast(x, y, w)
     _check(description, x, y, w, rows=graph.num_senders, edges=graph.num_edges, device=graph.sender.device)
     return torch.ops.mace_fast.conv(x, y, w, *graph, description.key)
 
@@ -93,8 +94,16 @@ def channelwise_tp(description: ChannelwiseTensorProduct, x: Tensor, y: Tensor, 
     """
     if x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected [batch, {description.x_dim}]")
+    x, y, w = _without_autocast(x, y, w)
     _check(description, x, y, w, rows=x.shape[0], edges=x.shape[0], device=x.device)
     return torch.ops.mace_fast.conv(x, y, w, *_NO_GRAPH, description.key)
+
+
+def _without_autocast(*operands: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, what other operations made half as wide is widened: sums over many edges are kept in float32."""
+    if not torch.is_autocast_enabled(operands[0].device.type):
+        return operands
+    return tuple(t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in operands)
 
 
 def _check(

@@ -83,8 +83,20 @@ def edge_graph(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers
             f"sender ({tuple(sender.shape)} on {sender.device}) and receiver ({tuple(receiver.shape)} on "
             f"{receiver.device}) must have one shape and device"
         )
-    if max(sender.shape[0], num_senders, num_receivers) > _INT32_MAX:
+    if any(size > _INT32_MAX for size in (sender.shape[0], num_senders, num_receivers)):
         raise ValueError("a graph holds at most 2^31 - 1 edges and nodes; split it into several")
+    return EdgeGraph(*torch.ops.mace_fast.edge_graph(sender, receiver, num_senders, num_receivers))
+
+
+_LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
+_LIBRARY.define(
+    "edge_graph(Tensor sender, Tensor receiver, SymInt num_senders, SymInt num_receivers) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _edge_graph(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int) -> tuple[Tensor, ...]:
+    """The fields of an :class:`EdgeGraph`; an op of its own, so that compiled programs need not look into indices."""
     bad = torch.zeros((), dtype=torch.bool, device=sender.device)
     if sender.shape[0]:
         bad = (
@@ -102,7 +114,20 @@ def edge_graph(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers
     sender_order, sender_row = _sort(sender, num_senders)
     if num_receivers:
         receiver = receiver.clamp(0, num_receivers - 1)
-    return EdgeGraph(sender.to(torch.int32), receiver.to(torch.int32), order, row, sender_order, sender_row, poison)
+    sender, receiver = (index.to(torch.int32, copy=True) for index in (sender, receiver))
+    return sender, receiver, order, row, sender_order, sender_row, poison
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("edge_graph", _edge_graph, _device)
+
+
+@torch.library.register_fake("mace_fast::edge_graph")
+def _fake_edge_graph(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int) -> tuple[Tensor, ...]:
+    edges = sender.shape[0]
+    sizes = (edges, edges, edges, num_receivers + 1, edges, num_senders + 1)
+    lists = (sender.new_empty(size, dtype=torch.int32) for size in sizes)
+    return (*lists, sender.new_empty(1, dtype=torch.float32))
 
 
 def _sort(index: Tensor, count: int) -> tuple[Tensor, Tensor]:
