@@ -2,6 +2,9 @@
 
     python -m benchmarks.conv                         # all problems on the diamond graph, every peer that is installed
     python -m benchmarks.conv --problems medium-L2 --backends mace_fast e3nn --dtypes float64 --graphs star
+    python -m benchmarks.conv --output conv.json --plot conv.png   # the picture: roofline of the forward pass
+
+Problems beyond the table: the families of NequIP, and mixed multiplicities.
 
 Each backend's results are compared with mace_fast's in the same run before anything is timed.
 """
@@ -14,6 +17,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # e3nn 0.4 under torch 2.6 and later
 
@@ -22,8 +26,9 @@ from e3nn import o3
 from torch import Tensor
 
 from benchmarks.graphs import GRAPHS
-from benchmarks.problems import PROBLEMS, Problem
-from benchmarks.timing import copy_bandwidth, device_name, median_ms, peak_memory_mib
+from benchmarks.problems import PROBLEMS, TABLE, Problem, forward_operations
+from benchmarks.roofline import plot_roofline
+from benchmarks.timing import copy_bandwidth, device_name, float32_peak, median_ms, peak_memory_mib
 from mace_fast.kernels import channelwise_tp_conv, edge_graph
 
 Conv = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -78,12 +83,12 @@ def _to_mul_ir(x: Tensor, irreps: o3.Irreps) -> Tensor:
     return torch.cat(blocks, 1)
 
 
-def measure(problem: Problem, backend: str, graph: str, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
+def measure(problem: Problem, backend: str, graph: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """One row: times in ms, peak memory and the difference from mace_fast."""
     nodes, sender, receiver = GRAPHS[graph]()
     sender, receiver = sender.to(device), receiver.to(device)
     d, edges = problem.description(), sender.shape[0]
-    row: dict[str, object] = {
+    row: dict[str, Any] = {
         "problem": problem.name,
         "backend": backend,
         "graph": graph,
@@ -155,18 +160,19 @@ def floor_ms(problem: Problem, nodes: int, edges: int, dtype: torch.dtype, bandw
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
+    parser.add_argument("--problems", nargs="+", default=list(TABLE), choices=list(PROBLEMS))
     parser.add_argument("--backends", nargs="+", default=["mace_fast", "e3nn", "cueq", "oeq", "oeq-det"])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "float64"])
     parser.add_argument("--graphs", nargs="+", default=["diamond"], choices=list(GRAPHS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=None, help="write JSON rows here")
+    parser.add_argument("--plot", type=Path, default=None, help="draw the roofline here (PNG)")
     args = parser.parse_args()
     device = (
         torch.device(args.device, 0 if args.device == "cuda" else None) if args.device != "cpu" else torch.device("cpu")
     )
     torch.backends.cuda.matmul.allow_tf32 = False
-    bandwidth = copy_bandwidth(device)
+    bandwidth, peak = copy_bandwidth(device), float32_peak(device)
     print(f"{device_name(device)}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     rows = []
     for graph in args.graphs:
@@ -191,6 +197,12 @@ def main() -> None:
                         row["floor_fraction"] = {
                             k: round(v / float(row[f"{k}_ms"]), 3) for k, v in floors.items() if f"{k}_ms" in row
                         }
+                        operations = forward_operations(PROBLEMS[name].description()) * int(row["edges"])
+                        rate = operations / (float(row["fwd_ms"]) * 1e-3)
+                        row["fwd_TFLOPs"] = round(rate / 1e12, 3)
+                        row["fwd_operations_per_byte"] = round(operations / (floors["fwd"] * 1e-3 * bandwidth), 3)
+                        if peak is not None and dtype == torch.float32:
+                            row["fwd_peak_fraction"] = round(rate / peak, 3)
                     rows.append(row)
                     print(
                         f"{graph:10} {name:10} {dtype_name:8} {backend:10} "
@@ -210,6 +222,8 @@ def main() -> None:
             "rows": rows,
         }
         args.output.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot:
+        plot_roofline(rows, device_name(device), bandwidth, peak, args.plot)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from e3nn import o3
 
 from mace_fast.kernels import ChannelwiseTensorProduct, Path
+from mace_fast.kernels.plan.coupling import of_path
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,13 @@ def _both_parities(mul: int, lmax: int) -> str:
 
 
 MACE_TARGET = "0e+1o+2e+3o"
-PROBLEMS = {
+
+
+def _nequip(mul: int, lmax: int) -> Problem:
+    return Problem(f"nequip-l{lmax}-{mul}", _both_parities(mul, lmax), lmax, _both_parities(1, lmax))
+
+
+TABLE = {
     problem.name: problem
     for problem in (
         Problem("medium-L1", "128x0e", 3, MACE_TARGET),
@@ -60,3 +67,21 @@ PROBLEMS = {
         Problem("nequip-l", _both_parities(64, 3), 3, _both_parities(1, 3)),
     )
 }
+"""What is measured unless asked otherwise."""
+
+FAMILIES = {
+    problem.name: problem
+    for problem in (
+        *(_nequip(mul, lmax) for lmax in (1, 2, 3) for mul in (32, 64) if (lmax, mul) != (3, 64)),
+        Problem("mixed", "128x0e+64x1o+32x2e+32x3o", 3, MACE_TARGET),  # as SevenNet and Nequix have them
+    )
+}
+PROBLEMS = {**TABLE, **FAMILIES}
+
+
+def forward_operations(description: ChannelwiseTensorProduct) -> int:
+    """Floating-point operations of an edge in the product itself: weighting x, and a multiply-add for each term."""
+    return sum(
+        path.mul * (2 * len(of_path(path).uses) + (2 * path.l1 + 1 if path.weighted else 0))
+        for path in description.flat_paths()
+    )

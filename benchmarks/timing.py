@@ -65,3 +65,12 @@ def peak_memory_mib(call: Callable[[], object], device: torch.device) -> float |
     call()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def float32_peak(device: torch.device) -> float | None:
+    """Operations per second of all float32 units at the highest clock; None where torch does not tell the clock."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    clock_khz = getattr(properties, "clock_rate", None)
+    return None if clock_khz is None else properties.multi_processor_count * 128 * 2 * clock_khz * 1e3
