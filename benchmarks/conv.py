@@ -199,10 +199,10 @@ def main() -> None:
                         }
                         operations = forward_operations(PROBLEMS[name].description()) * int(row["edges"])
                         rate = operations / (float(row["fwd_ms"]) * 1e-3)
-                        row["fwd_TFLOPs"] = round(rate / 1e12, 3)
+                        row["fwd_TFLOPs"] = float(f"{rate / 1e12:.4g}")
                         row["fwd_operations_per_byte"] = round(operations / (floors["fwd"] * 1e-3 * bandwidth), 3)
                         if peak is not None and dtype == torch.float32:
-                            row["fwd_peak_fraction"] = round(rate / peak, 3)
+                            row["fwd_peak_fraction"] = float(f"{rate / peak:.3g}")
                     rows.append(row)
                     print(
                         f"{graph:10} {name:10} {dtype_name:8} {backend:10} "

@@ -28,7 +28,7 @@ def plot_roofline(
         raise ValueError("no float32 row on a diamond graph to draw")
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(xscale="log", yscale="log")
     intensities = [float(r["fwd_operations_per_byte"]) for r in shown]
     span = np.geomspace(min(intensities) / 2, max(intensities) * 4, 100)
     roof = span * bandwidth / 1e12
@@ -42,8 +42,6 @@ def plot_roofline(
         at = (best["fwd_operations_per_byte"], best["fwd_TFLOPs"])
         axes.annotate(problem, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set(
-        xscale="log",
-        yscale="log",
         xlabel="operations per byte that has to move",
         ylabel="TFLOP/s, forward",
         title=f"Convolution, float32, {device}",
