@@ -96,6 +96,36 @@ def test_network_computes_the_same(weights: str, rng: np.random.Generator) -> No
     assert type(original) is o3.TensorProduct
 
 
+@pytest.mark.parametrize("weights", ["internal", "shared", "external"])
+def test_fully_connected_network_computes_the_same(weights: str, rng: np.random.Generator) -> None:
+    """Every sum over copies of both operands, into one output from two paths; a block without copies."""
+    product = o3.TensorProduct(
+        X,
+        Y,
+        "4x0e + 0x2e + 2x1o",
+        [(0, 0, 0, "uvw", True, 0.7), (1, 1, 0, "uvw", True), (1, 0, 2, "uvw", True, 1.3), (0, 1, 2, "uvw", True)],
+        shared_weights=weights != "external",
+        internal_weights=weights == "internal",
+    )
+    model = Network(product)
+    fast = convert(model)
+    assert isinstance(fast.tp, FastTensorProduct) and "fully_connected_tp (4 paths)" in fast.tp.kernels()
+    inputs = _inputs(rng)
+    results = []
+    for m in (model, fast):
+        out = m(*inputs)
+        first = torch.autograd.grad((out**2).sum(), inputs[:2], create_graph=True)
+        results.append([out, *first, *torch.autograd.grad(sum((g**2).sum() for g in first), inputs[:2])])
+    for a, b in zip(*results, strict=True):
+        assert float((a - b).abs().max()) <= 1e-13 * float(a.abs().max())
+
+
+def test_mixed_modes_stay_with_e3nn() -> None:
+    paths = [(0, 0, 0, "uvu", True), (0, 0, 0, "uvw", True)]
+    (found,) = match(o3.TensorProduct("4x1o", "1o", "4x0e", paths))
+    assert found.status == "keep" and "mixes paths of modes uvu, uvw" in found.reason
+
+
 def test_verification_of_a_generic_module(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Network(_product("external")).float()
     report = verify(model, convert(model, verify=False))

@@ -17,6 +17,7 @@ import torch
 from mace_fast.errors import UnsupportedDescriptionError, UnsupportedModuleError
 from mace_fast.kernels.cg import clebsch_gordan
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, Path
+from mace_fast.kernels.description.fully_connected import FullyConnectedTensorProduct
 from mace_fast.kernels.description.linear import Linear, describe_indexed_linear, describe_linear
 
 LINEAR = "e3nn.o3._linear.Linear"
@@ -136,10 +137,32 @@ def read_channelwise(name: str, module: Any) -> ChannelwiseTensorProduct:
         UnsupportedModuleError: another class, other paths, or coupling constants in another convention than
             e3nn 0.4's.
     """
+    description: ChannelwiseTensorProduct = _read_product(name, module, {"uvu": ChannelwiseTensorProduct})
+    return description
+
+
+def read_tensor_product(name: str, module: Any) -> ChannelwiseTensorProduct | FullyConnectedTensorProduct:
+    """The description of an ``o3.TensorProduct`` whose paths are all 'uvu', or all 'uvw'.
+
+    Raises:
+        UnsupportedModuleError: as :func:`read_channelwise`; also where both modes are mixed.
+    """
+    kinds = {"uvu": ChannelwiseTensorProduct, "uvw": FullyConnectedTensorProduct}
+    description: ChannelwiseTensorProduct | FullyConnectedTensorProduct = _read_product(name, module, kinds)
+    return description
+
+
+def _read_product(name: str, module: Any, kinds: dict[str, Any]) -> Any:
     _require_name(name, module, TENSOR_PRODUCT)
-    modes = sorted({ins.connection_mode for ins in module.instructions} - {"uvu"})
+    found = {ins.connection_mode for ins in module.instructions}
+    modes = sorted(found - set(kinds))
     if modes:
-        raise UnsupportedModuleError(f"its {name} has paths of mode {', '.join(modes)}; only uvu has a kernel")
+        served = "only uvu has a kernel" if len(kinds) == 1 else f"only {' and '.join(kinds)} have kernels"
+        raise UnsupportedModuleError(f"its {name} has paths of mode {', '.join(modes)}; {served}")
+    if len(found) > 1:
+        raise UnsupportedModuleError(
+            f"its {name} mixes paths of modes {', '.join(sorted(found))}; a kernel has one mode"
+        )
     _require_known_couplings(name, module)
     # e3nn gives blocks of multiplicity 0 numbers but no storage.
     x, x_index = _kept_blocks(module.irreps_in1)
@@ -156,7 +179,8 @@ def read_channelwise(name: str, module: Any) -> ChannelwiseTensorProduct:
         for ins in module.instructions
         if 0 not in ins.path_shape
     )
-    description = _described(name, ChannelwiseTensorProduct, x, y, z, paths)
+    kind = kinds[found.pop()] if found else next(iter(kinds.values()))
+    description = _described(name, kind, x, y, z, paths)
     if description.weight_numel != module.weight_numel:
         raise UnsupportedModuleError(
             f"its {name} has {module.weight_numel} weights, but its instructions imply {description.weight_numel}"

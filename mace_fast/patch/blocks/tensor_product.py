@@ -1,4 +1,4 @@
-"""A plain e3nn tensor product whose paths are all 'uvu', in any module built on e3nn."""
+"""A plain e3nn tensor product whose paths are all 'uvu', or all 'uvw', in any module built on e3nn."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Any
 import torch
 
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, Segment
+from mace_fast.kernels.description.fully_connected import FullyConnectedTensorProduct
 from mace_fast.kernels.ops.channelwise import channelwise_tp
+from mace_fast.kernels.ops.fully_connected import fully_connected_tp
 from mace_fast.patch.blocks.base import FastModule, random_tensor
-from mace_fast.patch.understand import read_channelwise, require_own_forward
+from mace_fast.patch.understand import read_tensor_product, require_own_forward
 
+Product = ChannelwiseTensorProduct | FullyConnectedTensorProduct
 Weight = torch.Tensor | Sequence[torch.Tensor] | None
 
 
-class FastTensorProduct(FastModule[ChannelwiseTensorProduct]):
-    """``e3nn.o3.TensorProduct`` with paths of mode 'uvu': same arguments, ``mul_ir`` order at its boundary.
+class FastTensorProduct(FastModule[Product]):
+    """``e3nn.o3.TensorProduct`` with paths of mode 'uvu' alone or 'uvw' alone: same arguments, same order.
 
     Weights are internal, shared, or one set per sample; paths without weights are allowed among the others.
     What is not the forward (``right``, ``weight_views`` ...) is the original's.
@@ -30,13 +33,14 @@ class FastTensorProduct(FastModule[ChannelwiseTensorProduct]):
     instructions: list[Any]
 
     @classmethod
-    def plan(cls, original: torch.nn.Module) -> ChannelwiseTensorProduct:
+    def plan(cls, original: torch.nn.Module) -> Product:
         require_own_forward("tensor product", original)
-        return read_channelwise("tensor product", original)
+        return read_tensor_product("tensor product", original)
 
     @classmethod
-    def kernels_of(cls, plan: ChannelwiseTensorProduct) -> str:
-        return f"channelwise_tp ({len(plan.paths)} paths)"
+    def kernels_of(cls, plan: Product) -> str:
+        kernel = "channelwise_tp" if isinstance(plan, ChannelwiseTensorProduct) else "fully_connected_tp"
+        return f"{kernel} ({len(plan.paths)} paths)"
 
     def example(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         plan = self._plan
@@ -68,12 +72,12 @@ class FastTensorProduct(FastModule[ChannelwiseTensorProduct]):
         batch = torch.broadcast_shapes(*leading)
         if not self.shared_weights:
             weights = _rows(weights, batch, plan.weight_numel, "weight")
-        z = channelwise_tp(
-            plan,
-            to_ir_mul(_rows(x, batch, plan.x_dim, "x"), plan.x),
-            to_ir_mul(_rows(y, batch, plan.y_dim, "y"), plan.y),
-            weights,
-        )
+        x = to_ir_mul(_rows(x, batch, plan.x_dim, "x"), plan.x)
+        y = to_ir_mul(_rows(y, batch, plan.y_dim, "y"), plan.y)
+        if isinstance(plan, ChannelwiseTensorProduct):
+            z = channelwise_tp(plan, x, y, weights)
+        else:
+            z = fully_connected_tp(plan, x, y, weights)
         return to_mul_ir(z, plan.z).reshape(*batch, plan.z_dim)
 
     def _flat_weights(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
