@@ -13,6 +13,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator
+from ase.constraints import FixAtoms
 from mace.calculators import MACECalculator
 
 import mace_fast.calculators.ase as calculator_module
@@ -487,7 +488,7 @@ def test_dynamics_with_any_skin(
     atoms, calculator = structure(), ours(model, frozen=True, skin=skin)
     atoms.calc = calculator
     for step in range(8):
-        atoms.positions += rng.normal(0, 0.04, atoms.positions.shape)
+        atoms.positions += rng.normal(0, 0.015, atoms.positions.shape)
         if step == 4:
             atoms.set_cell(atoms.cell * 1.01, scale_atoms=True)
         if step == 6:
@@ -552,6 +553,45 @@ def test_changes_are_those_that_ase_names(change: Callable[[Atoms], None], calcu
     calculator.calculate(atoms.copy(), ["energy"])
     change(atoms)
     assert sorted(calculator.check_state(atoms)) == sorted(Calculator.check_state(calculator, atoms))
+
+
+def test_atoms_of_the_last_results_are_a_copy(calculator: MACEFastCalculator, rng: np.random.Generator) -> None:
+    atoms = structure()
+    atoms.set_momenta(rng.normal(size=(len(atoms), 3)))
+    atoms.set_constraint(FixAtoms([1]))
+    atoms.info["name"] = "kept"
+    calculator.reset()
+    atoms.calc = calculator
+    atoms.get_potential_energy()
+    expected = atoms.copy()
+    atoms.positions += 1.0
+    atoms.numbers[0] = 1 if atoms.numbers[0] != 1 else 8
+    atoms.cell[0, 0] += 1.0
+    atoms.pbc = ~atoms.pbc
+    atoms.info["name"] = "changed"
+    atoms.constraints[0].index[0] = 0
+    kept = calculator.atoms
+    assert kept is not None and kept is calculator.atoms and kept.calc is None
+    assert kept == expected and kept.info == expected.info
+    assert np.array_equal(kept.get_momenta(), expected.get_momenta())
+    assert [c.todict() for c in kept.constraints] == [c.todict() for c in expected.constraints]
+    assert calculator.check_state(expected) == []
+    kept.positions[0, 0] += 0.1
+    assert calculator.check_state(expected) == ["positions"], "whoever writes into them is seen"
+
+
+def test_atoms_of_a_class_of_their_own_are_copied_by_it(calculator: MACEFastCalculator) -> None:
+    class Marked(Atoms):
+        def copy(self) -> Atoms:
+            new = super().copy()
+            new.info["copied"] = True
+            return new
+
+    atoms = Marked(structure())
+    calculator.reset()
+    atoms.calc = calculator
+    atoms.get_potential_energy()
+    assert isinstance(calculator.atoms, Marked) and calculator.atoms.info["copied"]
 
 
 def test_settings_of_the_stepper(model: torch.nn.Module) -> None:

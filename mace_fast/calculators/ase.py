@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from mace.modules.utils import extract_invariant
 from mace_fast.calculators.batches import evaluate_batch, pack
 from mace_fast.calculators.graph import GraphBuilder
 from mace_fast.calculators.results import ase_results, require_finite, total_energy
+from mace_fast.calculators.snapshot import Snapshot
 from mace_fast.errors import StructureError, UnsupportedModuleError
 from mace_fast.inference import FrozenMACE, Stepper, Structures, verify_frozen
+from mace_fast.inference.arrays import fingerprint, same
 from mace_fast.inference.stepper import DEFAULT_SKIN
 from mace_fast.loading import (
     load_model,
@@ -108,6 +111,8 @@ class MACEFastCalculator(Calculator):
         MissingToolError: no GPU for ``device="cuda"``, no compiler.
         ValueError: contradictory or unknown arguments.
     """
+
+    _last: Snapshot | Atoms | None
 
     def __init__(
         self,
@@ -217,19 +222,31 @@ class MACEFastCalculator(Calculator):
         self.results: dict[str, Any] = {}
         self._asked: frozenset[str] = frozenset()
         self._asked_before: frozenset[str] = frozenset()
-        self._isolated: tuple[np.ndarray, np.ndarray] | None = None
+        self._isolated: tuple[tuple[object, ...], np.ndarray] | None = None
+
+    @property
+    def atoms(self) -> Atoms | None:
+        """A copy of the atoms of the last results, as in ASE; it is made when it is asked for."""
+        if isinstance(self._last, Snapshot):
+            self._last = self._last.restore()
+        return self._last
+
+    @atoms.setter
+    def atoms(self, atoms: Atoms | None) -> None:
+        self._last = atoms
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last results; changed model inputs in ``atoms.info`` or ``atoms.arrays``
         count.
         """
         # ASE compares with a tolerance, which takes longer than all else that a step does on the host.
-        changes: list[str] = super().check_state(atoms, tol=tol) if tol > 1e-15 else _changes(self.atoms, atoms)
-        if not changes and self.atoms is not None:
+        last = self._last
+        changes: list[str] = super().check_state(atoms, tol=tol) if tol > 1e-15 else _changes(last, atoms)
+        if not changes and last is not None:
             for name, spec in self._build_graph.feature_specs.items():
                 per_atom = spec["per"] == "atom"
                 key = (self.arrays_keys if per_atom else self.info_keys).get(name, name)
-                old, new = (getattr(a, "arrays" if per_atom else "info").get(key) for a in (self.atoms, atoms))
+                old, new = (getattr(a, "arrays" if per_atom else "info").get(key) for a in (last, atoms))
                 if not np.array_equal(np.asarray(old, dtype=object), np.asarray(new, dtype=object)):
                     changes.append("info")
         return changes
@@ -246,15 +263,19 @@ class MACEFastCalculator(Calculator):
         Raises:
             StructureError: see :class:`GraphBuilder`; also a result that is not finite.
         """
-        super().calculate(atoms)
+        super().calculate()
+        if atoms is None:
+            atoms = self.atoms
+        else:
+            self._last = Snapshot.of(atoms)
         asked = frozenset(self.implemented_properties if properties is None else properties)
         if system_changes:
             self.results = {}
             self._asked_before, self._asked = self._asked, frozenset()
         self._asked |= asked
         wanted = self._asked | self._asked_before
-        outputs = self._evaluate(self.atoms, _Wanted.of(wanted, self.compute_atomic_stresses))
-        self.results = self.results | self._results(outputs, self.atoms)
+        outputs = self._evaluate(atoms, _Wanted.of(wanted, self.compute_atomic_stresses))
+        self.results = self.results | self._results(outputs, atoms)
 
     def forget_lists(self) -> None:
         """Find neighbours anew at the next step. Its results are then, to the last bit, those of a new calculator;
@@ -388,9 +409,13 @@ class MACEFastCalculator(Calculator):
         return self._together(found, wanted)
 
     def _together(self, found: Sequence[Mapping[str, np.ndarray]], wanted: _Wanted) -> dict[str, np.ndarray]:
-        """One structure's outputs of the models, stacked."""
-        outputs = {name: np.stack([each[name] for each in found]) for name in wanted.names}
-        outputs["energy"] = np.stack(
+        """One structure's outputs of the models, stacked; views where there is one model."""
+        names = wanted.names
+        if len(found) == 1:
+            outputs = {name: found[0][name][None] for name in names}
+        else:
+            outputs = {name: np.stack([each[name] for each in found]) for name in names}
+        outputs["energy"] = np.array(
             [
                 total_energy(model, each["energy"], each["node_energy"])
                 for model, each in zip(self.models, found, strict=True)
@@ -402,10 +427,11 @@ class MACEFastCalculator(Calculator):
 
     def _isolated_energies(self, numbers: np.ndarray) -> np.ndarray:
         """[N] the first model's energies of the isolated atoms, which ``node_energy`` leaves out."""
-        if self._isolated is None or not np.array_equal(self._isolated[0], numbers):
+        key = fingerprint(numbers)
+        if self._isolated is None or self._isolated[0] != key:
             index = self._build_graph.species_index(numbers)
             table = self.models[0].atomic_energies_fn.atomic_energies.detach().cpu().double().numpy()
-            self._isolated = (numbers.copy(), np.atleast_2d(table)[self._build_graph.head, index])
+            self._isolated = (key, np.atleast_2d(table)[self._build_graph.head, index])
         return self._isolated[1]
 
     def _results(self, outputs: Mapping[str, np.ndarray], atoms: Atoms) -> dict[str, Any]:
@@ -415,16 +441,18 @@ class MACEFastCalculator(Calculator):
         )
 
 
-def _changes(old: Atoms | None, new: Atoms) -> list[str]:
+def _changes(old: Snapshot | Atoms | None, new: Atoms) -> list[str]:
     """What ASE's ``compare_atoms`` names, for exact comparison."""
     if old is None:
         return list(all_changes)
-    changes = [name for name in ("positions", "numbers") if not np.array_equal(old.arrays[name], new.arrays[name])]
-    changes += [] if np.array_equal(old.cell.array, new.cell.array) else ["cell"]
-    changes += [] if np.array_equal(old.pbc, new.pbc) else ["pbc"]
+    changes = [name for name in ("positions", "numbers") if not same(old.arrays[name], new.arrays[name])]
+    changes += [] if same(old.cell.array, new.cell.array) else ["cell"]
+    changes += [] if same(old.pbc, new.pbc) else ["pbc"]
     for name in ("initial_charges", "initial_magmoms"):
-        before, now = (atoms.arrays.get(name) for atoms in (old, new))
-        if (before is not None or now is not None) and not np.array_equal(before, now):
+        before, now = old.arrays.get(name), new.arrays.get(name)
+        if before is None and now is None:
+            continue
+        if before is None or now is None or not same(before, now):
             changes.append(name)
     return changes
 
@@ -438,6 +466,7 @@ class _Wanted:
     atomic_stresses: bool
 
     @staticmethod
+    @lru_cache(maxsize=64)  # a step asks for what the last one asked for
     def of(properties: frozenset[str], offers_atomic_stresses: bool) -> _Wanted:
         atomic_stresses = offers_atomic_stresses and bool(properties & _ATOMIC_STRESSES)
         stress = bool(properties & _STRESS)

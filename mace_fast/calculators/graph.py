@@ -12,6 +12,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from mace_fast.errors import StructureError
+from mace_fast.inference.arrays import all_finite, fingerprint
 from mace_fast.inference.geometry import volume_cell
 from mace_fast.inference.neighbours import NeighbourSearch
 from mace_fast.inference.verlet import Structures
@@ -71,9 +72,9 @@ class GraphBuilder:
     feature_specs: Mapping[str, Mapping[str, Any]]
     info_keys: Mapping[str, str]
     arrays_keys: Mapping[str, str]
-    _numbers: np.ndarray | None = field(default=None, init=False, repr=False)
+    _numbers: tuple[object, ...] | None = field(default=None, init=False, repr=False)
     _index: np.ndarray | None = field(default=None, init=False, repr=False)
-    _cell: tuple[np.ndarray, np.ndarray] | None = field(default=None, init=False, repr=False)
+    _cell: tuple[object, ...] | None = field(default=None, init=False, repr=False)
 
     def read(self, atoms: Atoms) -> Structures:
         """One structure as arrays, checked; they are views of the atoms where that costs least.
@@ -138,8 +139,9 @@ class GraphBuilder:
         return index
 
     def _species(self, numbers: np.ndarray) -> np.ndarray:
-        if self._index is None or self._numbers is None or not np.array_equal(self._numbers, numbers):
-            self._index, self._numbers = self.species_index(numbers), numbers.copy()
+        key = fingerprint(numbers)
+        if self._index is None or self._numbers != key:
+            self._index, self._numbers = self.species_index(numbers), key
         return self._index
 
     def _features(self, atoms: Atoms) -> dict[str, np.ndarray]:
@@ -159,10 +161,10 @@ class GraphBuilder:
 
     def _check_geometry(self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> None:
         check_positions(positions)
-        last = self._cell
-        if last is None or not (np.array_equal(last[0], cell) and np.array_equal(last[1], pbc)):
+        key = fingerprint(cell, pbc)
+        if self._cell != key:
             check_cell(cell, pbc)
-            self._cell = (cell.copy(), pbc.copy())
+            self._cell = key
 
 
 def join(structures: Sequence[Structures]) -> Structures:
@@ -191,7 +193,7 @@ def check_positions(positions: np.ndarray) -> None:
     """Refuse a structure without atoms, or with positions that are not finite."""
     if len(positions) == 0:
         raise StructureError("the structure has no atoms")
-    if not np.isfinite(positions).all():
+    if not all_finite(positions):
         atom = int(np.flatnonzero(~np.isfinite(positions).all(axis=1))[0])
         raise StructureError(f"the position of atom {atom} is not a finite number: {positions[atom]}")
 

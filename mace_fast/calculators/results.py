@@ -11,6 +11,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from mace_fast.calculators.graph import find_edges
 from mace_fast.errors import StructureError
+from mace_fast.inference.arrays import all_finite
 
 
 def ase_results(
@@ -56,7 +57,7 @@ def total_energy(model: Any, energy: np.ndarray, node_energy: np.ndarray) -> np.
 
     Models whose total holds more than their atoms' energies (an embedding's readout) keep their own sum.
     """
-    return energy[0] if "embedding_readout" in model._modules else np.sum(node_energy)
+    return energy[0] if "embedding_readout" in model._modules else np.add.reduce(node_energy, axis=None)
 
 
 def require_finite(outputs: Mapping[str, np.ndarray], atoms: Atoms) -> None:
@@ -66,7 +67,7 @@ def require_finite(outputs: Mapping[str, np.ndarray], atoms: Atoms) -> None:
         StructureError: names the atoms that are too close, the most common reason.
     """
     for name, values in outputs.items():
-        if not np.isfinite(values).all():
+        if not all_finite(values):
             raise StructureError(f"the model's {name} is not finite for this structure{_too_close(atoms)}")
 
 

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from mace_fast.errors import DeviceError
+from mace_fast.inference.arrays import fingerprint, same
 from mace_fast.inference.device_errors import explain_device_error, is_device_error
 from mace_fast.inference.edges import SortedEdges, sort_edges
 from mace_fast.inference.exact import ExactList
 from mace_fast.inference.frozen import FrozenMACE, atomic_forces, pair_virials, virials_and_stress
 from mace_fast.inference.geometry import volume_cell
-from mace_fast.inference.neighbours import NeighbourSearch
+from mace_fast.inference.neighbours import NeighbourSearch, upload
 from mace_fast.inference.program import Bucket, StaticProgram, feature_specs
 from mace_fast.inference.radial import depends_on_species
 from mace_fast.inference.verlet import Structures, Verlet
@@ -118,7 +119,9 @@ class Stepper:
         self.forget_lists()
         self._programs.clear()
         self._inputs: dict[str, Tensor] = {}
-        self._inputs_of: Structures | None = None
+        self._species = torch.empty(0, dtype=torch.int64)
+        self._inputs_of: tuple[object, ...] | None = None
+        self._chosen: dict[tuple[int, bool, bool], tuple[int, int, tuple[Any, ...]]] = {}
         self._again: list[Callable[[], object]] = []
 
     def forget_lists(self) -> None:
@@ -170,12 +173,13 @@ class Stepper:
 
     def _model_inputs(self, structures: Structures) -> dict[str, Tensor]:
         """MACE's input without positions, cells and edges; made again when it changes."""
-        last = self._inputs_of
-        if last is not None and _same_inputs(last, structures):
+        key = _inputs_key(structures)
+        if self._inputs_of == key:
             return self._inputs
         dtype = next(self.models[0].parameters()).dtype
         graphs = len(structures.cells)
         species = torch.from_numpy(structures.species)
+        self._species = species.to(self.device)
         inputs = {
             "node_attrs": torch.nn.functional.one_hot(species, self._num_species).to(dtype),
             "batch": torch.from_numpy(structures.batch),
@@ -184,7 +188,7 @@ class Stepper:
             **{name: torch.from_numpy(np.asarray(structures.features[name])).to(dtype) for name in self._specs},
         }
         self._inputs = {name: value.to(self.device) for name, value in inputs.items()}
-        self._inputs_of = _own_inputs(structures)
+        self._inputs_of = key
         self._inputs_made += 1
         return self._inputs
 
@@ -218,11 +222,11 @@ class Stepper:
     # --- static shapes
 
     def _step_static(self, structures: Structures, cells: np.ndarray, forces: bool, stress: bool) -> list[Results]:
+        data = self._model_inputs(structures)
         if self._list is None or not self._list.verlet.holds(structures):
             self._list = self._find(structures)
             self.rebuilds += 1
         candidates = self._list
-        data = self._model_inputs(structures)
         results: list[Results] = []
         again: list[Callable[[], object]] = []
         for number, model in enumerate(self.models):
@@ -244,6 +248,7 @@ class Stepper:
         return results
 
     def _find(self, structures: Structures) -> _DeviceList:
+        """Candidates of structures whose model inputs have been made."""
         return _DeviceList(
             structures,
             self.search,
@@ -251,6 +256,8 @@ class Stepper:
             self.skin,
             self._num_species,
             self._species_with_tables(structures),
+            self._species,
+            self._inputs["batch"],
         )
 
     def _program(
@@ -263,6 +270,11 @@ class Stepper:
         stress: bool,
     ) -> StaticProgram:
         """A program with room enough: the smallest that there is, or a new one."""
+        # While list and programs are the same, so is the choice.
+        chosen = self._chosen.get((number, forces, stress))
+        if chosen is not None and chosen[:2] == (self.rebuilds, self.captures):
+            self._programs.move_to_end(chosen[2])
+            return self._programs[chosen[2]]
         sizes = (len(structures.species), candidates.count, len(structures.cells))
         mine = [key for key in self._programs if key[0] == number and key[2:] == (forces, stress)]
         fitting = [key for key in mine if key[1].holds(*sizes) and not _wasteful(key[1], *sizes)]
@@ -281,6 +293,7 @@ class Stepper:
             self.captures += 1
             logger.info("program for %d atoms, %d candidate edges: %s", sizes[0], sizes[1], bucket)
         self._programs.move_to_end(key)
+        self._chosen[number, forces, stress] = (self.rebuilds, self.captures, key)
         return self._programs[key]
 
 
@@ -306,22 +319,22 @@ class _DeviceList:
         skin: float,
         num_species: int,
         present: tuple[int, ...] | None,
+        species: Tensor,
+        batch: Tensor,
     ) -> None:
         self.verlet = Verlet(structures, cutoff, skin)
         self._num_species, self._present = num_species, present
-        device = search.device
         self._index, self._images = search.batch(structures, cutoff + skin)
-        self._species = torch.from_numpy(structures.species).to(device)
-        self._graph = torch.from_numpy(structures.batch).to(device) if len(structures.cells) > 1 else None
-        positions = torch.from_numpy(structures.positions).to(device)
+        self._species = species
+        self._graph = batch if len(structures.cells) > 1 else None
+        self._cells = structures.cells.copy()
+        positions, cells = upload(search.device, structures.positions, structures.cells)
         sender, receiver = self._index
-        shifts = self._cartesian(self._images, receiver, torch.from_numpy(structures.cells).to(device))
-        self._lengths = (positions[receiver] - positions[sender] + shifts).norm(dim=1)
+        self.shifts = self._cartesian(self._images, receiver, cells)
+        """[E, 3] float64, A, for the cells that were set last, in sorted order once there were any."""
+        self._lengths = (positions[receiver] - positions[sender] + self.shifts).norm(dim=1)
         self._sorted: dict[int, SortedEdges] = {}
         self._sorted_images: Tensor | None = None
-        self._cells: np.ndarray | None = None
-        self.shifts = shifts
-        """[E, 3] float64, A, in sorted order, for the cells that were set last."""
         self.cells_set = 0
         """How often other cells were set."""
 
@@ -351,19 +364,17 @@ class _DeviceList:
 
     def set_cells(self, cells: np.ndarray) -> None:
         """Make :attr:`shifts`; edges have been sorted before. Does not wait for the device."""
-        if self._cells is not None and np.array_equal(self._cells, cells):
+        if self.cells_set and same(self._cells, cells):
             return
         edges = next(iter(self._sorted.values()))  # atoms without edges do not change the order
-        if self._sorted_images is None:
-            self._sorted_images = self._images[edges.permutation]
-        on_host = torch.from_numpy(cells)
-        if self._index.is_cuda:
-            # From pinned memory, which torch keeps until the copy is done: no wait, and nothing is overwritten.
-            on_device = on_host.pin_memory().to(self._index.device, non_blocking=True)
+        if not self.cells_set and same(self._cells, cells):
+            self.shifts = self.shifts[edges.permutation]  # of the cells that the list was found for
         else:
-            on_device = on_host
-        self.shifts = self._cartesian(self._sorted_images, edges.receiver, on_device)
-        self._cells = cells.copy()
+            if self._sorted_images is None:
+                self._sorted_images = self._images[edges.permutation]
+            (on_device,) = upload(self._index.device, cells)
+            self.shifts = self._cartesian(self._sorted_images, edges.receiver, on_device)
+            self._cells = cells.copy()
         self.cells_set += 1
 
 
@@ -398,24 +409,11 @@ def _volume_cells(structures: Structures, cutoff: float) -> np.ndarray:
     return np.stack([volume_cell(*each, cutoff) for each in zip(parts, structures.cells, structures.pbc, strict=True)])
 
 
-def _own_inputs(structures: Structures) -> Structures:
-    """What model inputs depend on, safe from writes of the caller."""
-    return Structures(
-        positions=np.zeros((0, 3)),
-        cells=structures.cells[:, :0],
-        pbc=structures.pbc[:0],
-        species=structures.species.copy(),
-        ptr=structures.ptr.copy(),
-        features={name: np.array(value) for name, value in structures.features.items()},
-        head=structures.head,
-    )
-
-
-def _same_inputs(old: Structures, new: Structures) -> bool:
+def _inputs_key(structures: Structures) -> tuple[object, ...]:
+    """What model inputs depend on, by value."""
+    features = structures.features
     return (
-        old.head == new.head
-        and np.array_equal(old.species, new.species)
-        and np.array_equal(old.ptr, new.ptr)
-        and old.features.keys() == new.features.keys()
-        and all(np.array_equal(value, new.features[name]) for name, value in old.features.items())
+        structures.head,
+        fingerprint(structures.species, structures.ptr),
+        (*features, fingerprint(*features.values())) if features else None,
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from ase.geometry import complete_cell
+
+from mace_fast.inference.arrays import fingerprint, same
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Structures:
     @property
     def batch(self) -> np.ndarray:
         """[N] int64, the structure of each atom."""
+        if len(self.cells) == 1:
+            return np.zeros(len(self.species), dtype=np.int64)
         return np.repeat(np.arange(len(self.cells)), np.diff(self.ptr))
 
 
@@ -54,34 +59,43 @@ class Verlet:
         self._cutoff, self._reach = cutoff, cutoff + skin
         self._positions = structures.positions.copy()
         self._cells, self._pbc = structures.cells.copy(), structures.pbc.copy()
-        self._species, self._ptr = structures.species.copy(), structures.ptr.copy()
+        self._ptr, self._atoms = structures.ptr.copy(), _atoms(structures)
         self._batch = structures.batch
+        # By coordinate: sums over the three are then sums of long rows, several times as fast.
+        self._coordinates = self._positions.T.copy()
+        self._moved = np.empty_like(self._coordinates)
 
     def same_atoms(self, structures: Structures) -> bool:
         """Whether number, order and species of the atoms, and the boundaries that are periodic, are the same."""
-        return (
-            np.array_equal(self._ptr, structures.ptr)
-            and np.array_equal(self._species, structures.species)
-            and np.array_equal(self._pbc, structures.pbc)
-        )
+        return self._atoms == _atoms(structures)
 
     def holds(self, structures: Structures) -> bool:
         """Whether every pair within the cutoff is in the list; False where a position is not a number."""
         if not self.same_atoms(structures):
             return False
-        stretch = 1.0
-        if np.array_equal(self._cells, structures.cells):
-            moved = structures.positions - self._positions
+        stretch, moved = 1.0, self._moved
+        if same(self._cells, structures.cells):
+            np.subtract(structures.positions.T, self._coordinates, out=moved)
         else:
-            cells = zip(self._cells, structures.cells, self._pbc, strict=True)
-            deformations = np.stack([_deformation(*each) for each in cells])
-            stretch = float(np.linalg.svd(deformations, compute_uv=False).min())
-            moved = structures.positions - np.einsum("ni,nij->nj", self._positions, deformations[self._batch])
-            # Barostats differ in the point that stays: only differences between atoms of a structure count.
-            starts, sizes = self._ptr[:-1], np.diff(self._ptr)[:, None]
-            moved -= (np.add.reduceat(moved, starts, axis=0) / sizes)[self._batch]
-        furthest = float(np.sqrt(np.einsum("ni,ni->n", moved, moved).max(initial=0.0)))
+            stretch = self._moved_with_cells(structures)
+        np.multiply(moved, moved, out=moved)
+        furthest = math.sqrt(np.add.reduce(moved, axis=0).max(initial=0.0))
         return stretch * self._reach - 2 * furthest >= self._cutoff
+
+    def _moved_with_cells(self, structures: Structures) -> float:
+        """Displacements beside those that the cells bring; returns by how much distances may have shrunk."""
+        cells = zip(self._cells, structures.cells, self._pbc, strict=True)
+        deformations = np.stack([_deformation(*each) for each in cells])
+        moved = structures.positions - np.einsum("ni,nij->nj", self._positions, deformations[self._batch])
+        # Barostats differ in the point that stays: only differences between atoms of a structure count.
+        starts, sizes = self._ptr[:-1], np.diff(self._ptr)[:, None]
+        moved -= (np.add.reduceat(moved, starts, axis=0) / sizes)[self._batch]
+        self._moved[...] = moved.T
+        return float(np.linalg.svd(deformations, compute_uv=False).min())
+
+
+def _atoms(structures: Structures) -> tuple[object, ...]:
+    return fingerprint(structures.ptr, structures.species, structures.pbc)
 
 
 def _deformation(old: np.ndarray, new: np.ndarray, pbc: np.ndarray) -> np.ndarray:
