@@ -14,6 +14,7 @@ import pytest
 import test_channelwise
 import test_harmonics
 import test_linear
+import test_program_kernels
 import test_segment_sum
 import test_spline_conv
 import test_symmetric_contraction
@@ -78,6 +79,18 @@ def test_harmonics_of_edges(seed: int, gpu: None, dtype: torch.dtype) -> None:
     test_harmonics.test_values_and_gradient(seed, "cpu", dtype, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_geometry_readouts_and_sums_of_a_program(seed: int, gpu: None, dtype: torch.dtype) -> None:
+    test_program_kernels.test_geometry(seed, "cpu", dtype, 3)
+    for users in ((1, 1), (3, 2)):
+        test_program_kernels.test_gradient_of_several_users(seed, "cpu", dtype, users)
+    for gradient in (True, False):
+        test_program_kernels.test_node_energies(seed, "cpu", dtype, gradient)
+    for padding in (0, 9):
+        test_program_kernels.test_forces_and_stress(seed, "cpu", dtype, padding)
+    test_program_kernels.test_a_structure_of_many_atoms(seed)
+
+
 @pytest.mark.parametrize(("rows", "num_segments", "dim"), test_segment_sum.SHAPES)
 def test_segment_sums(seed: int, gpu: None, rows: int, num_segments: int, dim: int) -> None:
     test_segment_sum.test_sum_of_rows(seed, torch.float32, torch.int32, rows, num_segments, dim)
@@ -108,6 +121,12 @@ def test_linear_maps(seed: int, gpu: None, dtype: torch.dtype, species: int) -> 
     expected = torch.cat([test_linear.linear(oracle[0][n : n + 1], oracle[1][index[n]], d) for n in range(70)])
     for out, reference in zip(results, (expected, *torch.autograd.grad(expected, oracle, g)), strict=True):
         assert test_linear.error(out, reference) < 10 * test_linear.TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("layout", ["ir_mul", "mul_ir"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_linear_maps_with_addends(seed: int, gpu: None, dtype: torch.dtype, layout: str) -> None:
+    test_linear.test_addends(seed, "cpu", dtype, layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -19,7 +19,7 @@ from mace_fast.kernels.description.linear import (
     describe_linear,
     parse_linear,
 )
-from mace_fast.kernels.ops.linear import arrange_indexed_weight, indexed_linear, linear
+from mace_fast.kernels.ops.linear import arrange_indexed_weight, indexed_linear, linear, linear_add
 from mace_fast.kernels.ops.segment import segments
 from mace_fast.kernels.source.linear import FLOATS, IDS, TILINGS, forward_cuda, grad_cuda
 
@@ -270,6 +270,8 @@ def test_ops_are_registered_completely(seed: int, layout: Any) -> None:
     lists = segments(torch.tensor([2, 0, 2, 0]), 3)[1:]
     ops, plain = torch.ops.mace_fast, d.without_bias.key
     torch.library.opcheck(ops.linear.default, (x, weight, bias, d.key))
+    torch.library.opcheck(ops.linear_add.default, (x, weight, z, plain))
+    torch.library.opcheck(ops.indexed_linear_add.default, (x, table, *lists, z, plain))
     torch.library.opcheck(ops.linear_weight_grad.default, (x, z, plain))
     torch.library.opcheck(ops.indexed_linear.default, (x, table, *lists, plain))
     torch.library.opcheck(ops.indexed_linear_weight_grad.default, (x, z, *lists, plain))
@@ -431,3 +433,39 @@ def test_cuda_derivatives_and_graph_capture(seed: int) -> None:
         out.zero_()
         graph.replay()
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["ir_mul", "mul_ir"])
+def test_addends(seed: int, device: str, dtype: torch.dtype, layout: Any) -> None:
+    """Added as the result is written, in either order of storage, with the gradients of a sum."""
+    d = Linear.from_paths([(32, 0), (32, 1)], [(64, 0), (32, 1)], [(0, 0, 0.5), (1, 1, 2.0)], z_layout=layout)
+    x, weights, addend = (
+        torch.randn(*shape, dtype=torch.float64, device=device).to(dtype)
+        for shape in ((70, d.x_dim), (3, d.weight_numel), (70, d.z_dim))
+    )
+    index = torch.randint(3, (70,), device=device)
+    groups = segments(index, 3)
+    lists = (groups.order, groups.row_ptr)
+    for leaves, sum_of, plain in (
+        (
+            [x, weights[0].clone(), addend],
+            lambda x, w, a: linear_add(x, w, d, a),
+            lambda x, w: linear(x, w, d),
+        ),
+        (
+            [x, weights, addend],
+            lambda x, w, a: torch.ops.mace_fast.indexed_linear_add(x, w, *lists, a, d.key),
+            lambda x, w: indexed_linear(x, w, index, d, groups),
+        ),
+    ):
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        out, expected = sum_of(*leaves), plain(*leaves[:2]) + leaves[2]
+        assert error(out, expected.double()) < 10 * TOLERANCE[dtype]
+        g = torch.randn_like(out)
+        wanted = torch.autograd.grad(expected, leaves, g)
+        for found, each in zip(torch.autograd.grad(out, leaves, g), wanted, strict=True):
+            assert error(found, each.double()) < 10 * TOLERANCE[dtype]
+    with pytest.raises(ValueError, match="addend has shape"):
+        linear_add(x, weights[0], d, addend[:-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -159,26 +159,29 @@ def pad(edges: SortedEdges, capacity: int) -> SortedEdges:
     )
 
 
-class EdgeMemo:
-    """The last sorted edges. They serve only the very tensors that they were made from, unwritten since."""
+Kept = TypeVar("Kept")
+
+
+class Memo(Generic[Kept]):
+    """What was last made from some tensors. It serves only the very tensors that it was made from, unwritten since."""
 
     def __init__(self) -> None:
         self._key: tuple[object, ...] = ()
         self._sources: tuple[weakref.ReferenceType[Tensor], ...] = ()
-        self._value: SortedEdges | None = None
+        self._value: Kept | None = None
 
-    def __reduce__(self) -> tuple[type[EdgeMemo], tuple[()]]:
-        return EdgeMemo, ()
+    def __reduce__(self) -> tuple[type[Memo[Kept]], tuple[()]]:
+        return type(self), ()
 
-    def get(self, sources: tuple[Tensor, ...]) -> SortedEdges | None:
-        """The sorted edges of these tensors, or None."""
+    def get(self, sources: tuple[Tensor, ...]) -> Kept | None:
+        """What was made from these tensors, or None."""
         same = len(self._sources) == len(sources) and all(
             source() is tensor for source, tensor in zip(self._sources, sources, strict=True)
         )
         return self._value if same and self._key == _fingerprint(sources) else None
 
-    def put(self, sources: tuple[Tensor, ...], value: SortedEdges) -> None:
-        """Keep the sorted edges of these tensors."""
+    def put(self, sources: tuple[Tensor, ...], value: Kept) -> None:
+        """Keep what was made from these tensors."""
         self._key, self._sources, self._value = _fingerprint(sources), tuple(map(weakref.ref, sources)), value
 
 

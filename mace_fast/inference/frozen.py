@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mace_fast.errors import UnsupportedModuleError
-from mace_fast.inference.edges import EdgeMemo, SortedEdges, sort_edges
+from mace_fast.inference.edges import Memo, SortedEdges, sort_edges
+from mace_fast.inference.energies import (
+    NodeInputs,
+    Readout,
+    contributions,
+    energies,
+    freeze_readouts,
+    node_inputs,
+)
 from mace_fast.inference.layers import EdgeInputs, FrozenLayer, freeze_layer
 from mace_fast.inference.radial import depends_on_species, radial_weights
 from mace_fast.inference.tables import SplineTable, tabulate
+from mace_fast.kernels.ops.geometry import edge_gradient
 from mace_fast.kernels.ops.harmonics import edge_harmonics
 from mace_fast.kernels.ops.segment import segment_sum, segments
+from mace_fast.kernels.ops.totals import atom_forces
 from mace_fast.patch.blocks.interaction import FastInteraction, FastRealAgnosticAttResidualInteraction
 from mace_fast.patch.blocks.product import FastEquivariantProductBasis
 
@@ -25,8 +35,17 @@ class Prepared:
     """What is computed once from the parameters: the layers, for a set of species where tables depend on them."""
 
     layers: tuple[FrozenLayer, ...]
+    readouts: tuple[Readout, ...]
     present: tuple[int, ...]
     fingerprint: tuple[object, ...]
+
+
+class Geometry(NamedTuple):
+    """Vectors [E, 3], lengths [E] and spherical harmonics [E, (lmax + 1)^2] of edges."""
+
+    vectors: Tensor
+    radius: Tensor
+    harmonics: Tensor
 
 
 class FrozenMACE(torch.nn.Module):
@@ -60,8 +79,9 @@ class FrozenMACE(torch.nn.Module):
         _require_frozen_form(fast)
         self.__dict__.update(fast.__dict__)
         self.__dict__["_converted"] = (fast,)
-        self._memo = EdgeMemo()
+        self._memo: Memo[SortedEdges] = Memo()
         self._prepared: Prepared | None = None
+        self._nodes: Memo[tuple[Prepared, NodeInputs]] = Memo()
         self._parameter_dicts: list[dict[str, Any]] = [module._parameters for module in self.modules()]
         self.table_error: float | None = None
 
@@ -107,9 +127,8 @@ class FrozenMACE(torch.nn.Module):
         edges = self.sorted_edges(data)
         want_virials = compute_virials or compute_stress
         want_edges = compute_force or want_virials or compute_edge_forces or compute_atomic_stresses
-        with torch.enable_grad() if want_edges else torch.no_grad():
-            vectors = edge_vectors(data["positions"], edges, data["shifts"][edges.permutation])
-            out, edge_forces = self.evaluate(data, edges, vectors, want_forces=want_edges)
+        vectors = edge_vectors(data["positions"], edges, data["shifts"][edges.permutation])
+        out, edge_forces = self.evaluate(data, edges, vectors, want_forces=want_edges, everything=True)
         forces = virials = stress = atomic_virials = atomic_stresses = None
         if edge_forces is not None:
             forces = atomic_forces(edge_forces, edges) if compute_force or want_virials else None
@@ -160,21 +179,82 @@ class FrozenMACE(torch.nn.Module):
         return edges
 
     def evaluate(
-        self, data: dict[str, Tensor], edges: SortedEdges, vectors: Tensor, *, want_forces: bool
+        self,
+        data: dict[str, Tensor],
+        edges: SortedEdges,
+        vectors: Tensor,
+        *,
+        want_forces: bool,
+        everything: bool = False,
     ) -> tuple[dict[str, Tensor | None], Tensor | None]:
-        """Energies, and the derivative of the total energy with respect to each edge vector [E, 3]."""
+        """Energies, and the derivative of the total energy with respect to each edge vector [E, 3].
+
+        ``energy`` and ``node_energy``, float64; with ``everything`` all that MACE returns, in its dtypes.
+        """
         prepared = self.prepare(edges.present)
-        if want_forces:
-            vectors = vectors.detach().requires_grad_()
-        radius, harmonics = edge_harmonics(vectors, self._lmax())
-        inputs = EdgeInputs(radius, harmonics, edges)
-        out, differentiable = self._energies(data, prepared, inputs)
+        vectors = vectors.detach()
+        radius, harmonics = edge_harmonics(vectors, self.lmax)
+        geometry = Geometry(vectors, radius, harmonics)
+        nodes = self._known_nodes(data, edges, prepared)
+        return self.evaluate_geometry(
+            data, edges, geometry, nodes, prepared, want_forces=want_forces, everything=everything
+        )
+
+    def evaluate_geometry(
+        self,
+        data: dict[str, Tensor],
+        edges: SortedEdges,
+        geometry: Geometry,
+        nodes: NodeInputs,
+        prepared: Prepared,
+        *,
+        want_forces: bool,
+        everything: bool = False,
+    ) -> tuple[dict[str, Tensor | None], Tensor | None]:
+        """The same where lengths and harmonics, and what the nodes bring, are there already."""
+        # Each user of the edges has leaves of its own: their gradients are summed in the kernel that needs the sum.
+        users: list[EdgeInputs] = []
+
+        def of_edges() -> EdgeInputs:
+            radius, harmonics = (t.detach().requires_grad_(want_forces) for t in geometry[1:])
+            users.append(EdgeInputs(radius, harmonics, edges))
+            return users[-1]
+
+        with torch.set_grad_enabled(want_forces):
+            pair = self._pair_energy(data, of_edges()) if "pair_repulsion_fn" in self._modules else None
+            x, features = nodes.features, []
+            for number, layer in enumerate(prepared.layers):
+                x = layer(x, of_edges(), nodes.skip if number == 0 else None)
+                features.append(x)
+            found = energies(self, prepared.readouts, nodes, features, pair, want_gradient=want_forces)
+        out: dict[str, Tensor | None] = {"energy": found.total, "node_energy": found.of_nodes}
+        if everything:
+            dtype = geometry.radius.dtype
+            out["energy"] = found.total.to(dtype)
+            out["node_feats"] = torch.cat(features, dim=-1).detach()
+            if "scale_shift" in self._modules:
+                out["interaction_energy"] = found.interaction.to(dtype)
+            else:
+                out["node_energy"] = found.of_nodes.to(dtype)
+                parts = contributions(self, prepared.readouts, nodes, features, pair, data["batch"])
+                out["contributions"] = parts.to(dtype)
         if not want_forces:
             return out, None
-        if not differentiable.requires_grad:  # no edges, or nothing within reach
-            return out, torch.zeros_like(vectors)
-        (gradient,) = torch.autograd.grad(differentiable, vectors, torch.ones_like(differentiable))
-        return {name: t if t is None else t.detach() for name, t in out.items()}, gradient
+        return out, _edge_derivatives(found.roots, users, geometry, self.lmax, edges)
+
+    def _known_nodes(self, data: dict[str, Tensor], edges: SortedEdges, prepared: Prepared) -> NodeInputs:
+        """What the nodes bring; kept while the caller passes the same tensors."""
+        names = ("node_attrs", "batch", "ptr", "head", *(getattr(self, "embedding_specs", None) or ()))
+        sources = (*(data[name] for name in names if name in data), edges.species)
+        known = self._nodes.get(sources)
+        if known is None or known[0] is not prepared:
+            known = prepared, self.node_inputs(data, edges, prepared)
+            self._nodes.put(sources, known)
+        return known[1]
+
+    def node_inputs(self, data: dict[str, Tensor], edges: SortedEdges, prepared: Prepared) -> NodeInputs:
+        """What the nodes of a list bring to every evaluation; made from MACE's input without positions."""
+        return node_inputs(self, prepared.layers, prepared.readouts, data, edges)
 
     def prepare(self, present: tuple[int, ...]) -> Prepared:
         """Tables and prepared weights for these species."""
@@ -190,16 +270,24 @@ class FrozenMACE(torch.nn.Module):
                         zip(self.interactions, self.products, tables, strict=True)
                     )
                 )
+                readouts = freeze_readouts(self)
             self.table_error = max(table.error for table in tables)
-            prepared = Prepared(layers, present, fingerprint)
+            prepared = Prepared(layers, readouts, present, fingerprint)
             self._prepared = prepared
         return prepared
 
     def _fingerprint(self) -> tuple[object, ...]:
-        """Changes when a parameter is written, moved, converted or replaced. Asked for at every evaluation."""
+        """Changes when a parameter is written, moved, converted or replaced. Asked for at every evaluation.
+
+        So it does for the buffers that energies are made of, which are not parameters.
+        """
         parameters = [p for group in self._parameter_dicts for p in group.values() if p is not None]
         first = parameters[0]
-        return (sum(p._version for p in parameters), first.data_ptr(), first.dtype, first.device)
+        buffers = [self.atomic_energies_fn.atomic_energies]
+        if "scale_shift" in self._modules:
+            buffers += [self.scale_shift.scale, self.scale_shift.shift]
+        written = tuple((b._version, b.data_ptr()) for b in buffers)
+        return (sum(p._version for p in parameters), first.data_ptr(), first.dtype, first.device, written)
 
     def _tables(self, present: tuple[int, ...]) -> list[SplineTable]:
         exact = copy.deepcopy(self._converted[0]).to("cpu", torch.float64)
@@ -220,71 +308,37 @@ class FrozenMACE(torch.nn.Module):
         features: Tensor = self.node_embedding(one_hot)
         return features
 
-    def _lmax(self) -> int:
+    @property
+    def lmax(self) -> int:
+        """Of the spherical harmonics."""
         return int(self.spherical_harmonics.irreps_out.lmax)
 
-    def _energies(
-        self, data: dict[str, Tensor], prepared: Prepared, inputs: EdgeInputs
-    ) -> tuple[dict[str, Tensor | None], Tensor]:
-        """The energies of MACE.forward, and the part that depends on positions, summed over everything."""
-        batch, graphs = data["batch"], data["ptr"].shape[0] - 1
-        heads = data["head"][batch] if "head" in data else torch.zeros_like(batch)
-        by_graph = segments(batch, graphs)
-
-        def total(per_node: Tensor) -> Tensor:
-            return segment_sum(per_node[:, None], by_graph).squeeze(1)
-
-        def of_head(values: Tensor) -> Tensor:
-            return values.gather(1, heads[:, None]).squeeze(1)
-
-        node_e0 = of_head(self.atomic_energies_fn(data["node_attrs"]))
-        e0 = total(node_e0).to(inputs.radius.dtype)
-        x = self.node_embedding(data["node_attrs"])
-        if "joint_embedding" in self._modules:
-            x = x + self.joint_embedding(batch, {name: data[name] for name in self.embedding_specs})
-            if "embedding_readout" in self._modules:
-                readout = torch.atleast_1d(of_head(self.embedding_readout(x, heads)))
-                e0 = e0 + total(readout)
-        node_pair = self._pair_energy(data, inputs)
-        features = []
-        for layer in prepared.layers:
-            x = layer(x, inputs)
-            features.append(x)
-        node_readouts = []
-        for number, readout_block in enumerate(self.readouts):
-            of_layer = features[-1 if len(self.readouts) == 1 else number]
-            node_readouts.append(of_head(readout_block(of_layer, heads)))
-        node_feats = torch.cat(features, dim=-1)
-        if "scale_shift" in self._modules:
-            node_inter = torch.stack([node_pair, *node_readouts]).sum(0)
-            node_inter = self.scale_shift(node_inter, heads)
-            inter = total(node_inter)
-            out = {
-                "energy": e0 + inter,
-                "node_energy": node_e0.double() + node_inter.double(),
-                "interaction_energy": inter,
-                "node_feats": node_feats,
-            }
-            return out, inter.sum()
-        parts = [e0, total(node_pair), *(total(r) for r in node_readouts)]
-        contributions = torch.stack(parts, dim=-1)
-        energy = contributions.sum(-1)
-        out = {
-            "energy": energy,
-            "node_energy": torch.stack([node_e0, node_pair, *node_readouts], dim=-1).sum(-1),
-            "contributions": contributions,
-            "node_feats": node_feats,
-        }
-        return out, energy.sum()
-
     def _pair_energy(self, data: dict[str, Tensor], inputs: EdgeInputs) -> Tensor:
-        """Repulsion of the nuclei [N]; zeros for a model without it."""
-        if "pair_repulsion_fn" not in self._modules:
-            return inputs.radius.new_zeros(data["node_attrs"].shape[0])
+        """Repulsion of the nuclei [N]."""
         edges = inputs.edges
         index = torch.stack([edges.sender, edges.receiver]).long()
         energy: Tensor = self.pair_repulsion_fn(inputs.radius[:, None], data["node_attrs"], index, self.atomic_numbers)
         return energy
+
+
+def _edge_derivatives(
+    roots: tuple[tuple[Tensor, Tensor], ...],
+    users: list[EdgeInputs],
+    geometry: Geometry,
+    lmax: int,
+    edges: SortedEdges,
+) -> Tensor:
+    """[E, 3], the derivative of the total energy with respect to each edge vector; exactly zero for padding."""
+    reached = [(tensor, seed) for tensor, seed in roots if tensor.requires_grad]
+    leaves = [leaf for user in users for leaf in (user.radius, user.harmonics)]
+    gradients: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if reached:
+        tensors, seeds = zip(*reached, strict=True)
+        gradients = torch.autograd.grad(tensors, leaves, seeds, allow_unused=True)
+    parts = [part for user in users for several in user.parts for part in several.unbind()]
+    dradius = [part[:, -1] for part in parts] + [g for g in gradients[::2] if g is not None]
+    dy = [part[:, :-1] for part in parts] + [g for g in gradients[1::2] if g is not None]
+    return edge_gradient(geometry.vectors, dradius, dy, lmax, edges.row[-1:])
 
 
 def edge_vectors(positions: Tensor, edges: SortedEdges, shifts: Tensor) -> Tensor:
@@ -294,8 +348,8 @@ def edge_vectors(positions: Tensor, edges: SortedEdges, shifts: Tensor) -> Tenso
 
 def atomic_forces(edge_forces: Tensor, edges: SortedEdges) -> Tensor:
     """Forces [N, 3] from the derivative of the energy with respect to each edge vector."""
-    total = segment_sum(edge_forces, edges.senders) - segment_sum(edge_forces, edges.receivers)
-    return total[: edges.num_atoms]
+    forces, _ = atom_forces(edge_forces, edges.receiver_row, edges.sender_order, edges.sender_row, edges.num_atoms)
+    return forces.to(edge_forces.dtype)
 
 
 def pair_virials(vectors: Tensor, edge_forces: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ The interaction blocks of MACE differ in which of these steps they have; a layer
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from mace_fast.inference.tables import SplineTable
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, Path
 from mace_fast.kernels.description.linear import Linear
 from mace_fast.kernels.description.polynomial import WeightedPolynomial
-from mace_fast.kernels.ops.linear import arrange_indexed_weight, indexed_linear, linear
+from mace_fast.kernels.ops.linear import arrange_indexed_weight, indexed_linear, linear, linear_add
 from mace_fast.kernels.ops.spline_conv import FrozenGraph, RadialSpline, spline_conv
 from mace_fast.kernels.ops.symmetric import fold_weights, weighted_polynomial
 from mace_fast.patch.blocks.interaction import (
@@ -40,11 +40,15 @@ _DENSITY = ChannelwiseTensorProduct(((1, 0),), ((1, 0),), ((1, 0),), (Path(0, 0,
 
 @dataclass(frozen=True)
 class EdgeInputs:
-    """What the edges of one evaluation bring: lengths [E] and spherical harmonics [E, y_dim], sorted."""
+    """What the edges of one evaluation bring to one user: lengths [E] and spherical harmonics [E, y_dim], sorted.
+
+    ``parts`` takes gradients with respect to both that do not go through autograd; see ``spline_conv``.
+    """
 
     radius: Tensor
     harmonics: Tensor
     edges: SortedEdges
+    parts: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,15 @@ class FrozenLayer:
     normalise: Callable[[Tensor, Tensor], Tensor] | None
     residual: Map | None
     finish: Map | None
-    by_species: Callable[[Tensor, EdgeInputs], Tensor] | None
-    skip: Callable[[Tensor, EdgeInputs], Tensor] | None
-    product: Callable[[Tensor, Tensor | None, EdgeInputs], Tensor]
+    by_species: Callable[[Tensor, SortedEdges], Tensor] | None
+    skip: Callable[[Tensor, SortedEdges], Tensor] | None
+    product: Callable[[Tensor, Tensor | None, SortedEdges], Tensor]
 
-    def __call__(self, x: Tensor, inputs: EdgeInputs) -> Tensor:
-        """Node features [N, hidden] (mul_ir) of the next layer."""
+    def __call__(self, x: Tensor, inputs: EdgeInputs, skip: Tensor | None = None) -> Tensor:
+        """Node features [N, hidden] (mul_ir) of the next layer. ``skip``: :meth:`skipped`, if it is known already."""
         edges = inputs.edges
+        if skip is None:
+            skip = self.skipped(x, edges)
         if self.first is not None:
             # Nothing flows back into features that are functions of the species, so no sum over senders is needed.
             up, sender = self.first, edges.sender_species
@@ -93,7 +99,8 @@ class FrozenLayer:
         else:
             up = self.up(x)
             graph = FrozenGraph(edges.sender, edges.receiver, None, edges.row, edges.sender_order, edges.sender_row)
-        message = spline_conv(self.conv, up, inputs.harmonics, inputs.radius, graph, self.weights.spline(edges))
+        spline = self.weights.spline(edges)
+        message = spline_conv(self.conv, up, inputs.harmonics, inputs.radius, graph, spline, inputs.parts)
         message = self.down(message)
         if self.density is not None:
             assert self.normalise is not None
@@ -103,8 +110,12 @@ class FrozenLayer:
         if self.finish is not None:
             message = self.finish(message)
         if self.by_species is not None:
-            message = self.by_species(message, inputs)
-        return self.product(message, self.skip(x, inputs) if self.skip is not None else None, inputs)
+            message = self.by_species(message, edges)
+        return self.product(message, skip, edges)
+
+    def skipped(self, x: Tensor, edges: SortedEdges) -> Tensor | None:
+        """What passes by the message and is added to the product; None in blocks without it."""
+        return self.skip(x, edges) if self.skip is not None else None
 
     @staticmethod
     def _density_of(rows: Rows, inputs: EdgeInputs) -> Tensor:
@@ -152,7 +163,7 @@ def freeze_layer(
         skip, by_species = (None, indexed) if interaction.indexes_message else (indexed, None)
     else:
         plain = _linear(interaction.skip_tp.weight, plan.skip)
-        skip = lambda x, inputs: plain(x)  # noqa: E731
+        skip = lambda x, edges: plain(x)  # noqa: E731
     return FrozenLayer(
         conv=plan.conv,
         weights=Rows.of(table, slice(0, numel), up_weight),
@@ -174,9 +185,9 @@ def _linear(weight: Tensor, description: Linear) -> Map:
     return lambda x: linear(x, frozen, description)
 
 
-def _indexed(weight: Tensor, description: Linear, species: int) -> Callable[[Tensor, EdgeInputs], Tensor]:
+def _indexed(weight: Tensor, description: Linear, species: int) -> Callable[[Tensor, SortedEdges], Tensor]:
     arranged = arrange_indexed_weight(weight.detach(), description, species).contiguous()
-    return lambda x, inputs: indexed_linear(x, arranged, inputs.edges.species, description, inputs.edges.groups)
+    return lambda x, edges: indexed_linear(x, arranged, edges.species, description, edges.groups)
 
 
 def _one_plus(message: Tensor, density: Tensor) -> Tensor:
@@ -195,7 +206,7 @@ def _gated(plan: NonLinearPlan, block: Any) -> Map:
 
 def _product(
     block: FastEquivariantProductBasis, channels: int, components: int
-) -> Callable[[Tensor, Tensor | None, EdgeInputs], Tensor]:
+) -> Callable[[Tensor, Tensor | None, SortedEdges], Tensor]:
     plan = block._plan
     weights = torch.cat([w.detach() for w in contraction_weights(block.symmetric_contractions)], dim=1)
     folded = fold_weights(plan.contraction, weights)
@@ -203,10 +214,12 @@ def _product(
     last = block.linear.weight.detach()
     use_skip = block.use_sc
 
-    def product(message: Tensor, skip: Tensor | None, inputs: EdgeInputs) -> Tensor:
+    def product(message: Tensor, skip: Tensor | None, edges: SortedEdges) -> Tensor:
         x = message.view(-1, components, channels)
-        species = torch.zeros_like(inputs.edges.species) if plan.agnostic else inputs.edges.species
-        out = linear(weighted_polynomial(polynomial, x, folded, species).flatten(1), last, plan.last)
-        return out + skip if use_skip and skip is not None else out
+        species = torch.zeros_like(edges.species) if plan.agnostic else edges.species
+        out = weighted_polynomial(polynomial, x, folded, species).flatten(1)
+        if use_skip and skip is not None:
+            return linear_add(out, last, plan.last, skip)
+        return linear(out, last, plan.last)
 
     return product

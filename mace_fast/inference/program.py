@@ -17,7 +17,10 @@ from torch import Tensor
 
 from mace_fast.errors import MissingToolError
 from mace_fast.inference.edges import SortedEdges, pad
-from mace_fast.inference.frozen import FrozenMACE, atomic_forces, pair_virials, virials_and_stress
+from mace_fast.inference.energies import NodeInputs
+from mace_fast.inference.frozen import FrozenMACE, Geometry, Prepared
+from mace_fast.kernels.ops.geometry import edge_geometry
+from mace_fast.kernels.ops.totals import atom_forces, structure_stress
 
 FAR = 1.0e4
 """Length (A) of an edge that pads a list: beyond every cutoff, so that all it contributes is exactly zero."""
@@ -73,7 +76,8 @@ class StaticProgram:
         self._capture = capture
         self._pool = pool
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._prepared: object = None
+        self._prepared: Prepared | None = None
+        self._nodes: NodeInputs | None = None
         self._moved = False
         self._edges: SortedEdges | None = None
         self._data: dict[str, Tensor] = {}
@@ -129,6 +133,7 @@ class StaticProgram:
                 target.copy_(filled[name])
         else:
             self._data, self._moved = {name: value.clone() for name, value in filled.items()}, True
+        self._make_nodes(self.model.prepare(edges.present))
         self._shifts[count:] = FAR
         self._sizes = (atoms, graphs)
         self.version = version
@@ -141,6 +146,22 @@ class StaticProgram:
         """Other values of the embedded features."""
         for name, value in pad_inputs(data, self.bucket, self.model).items():
             self._data[name].copy_(value)
+        assert self._edges is not None, "load() comes first"
+        self._make_nodes(self.model.prepare(self._edges.present))
+
+    def _make_nodes(self, prepared: Prepared) -> None:
+        """What does not depend on positions, written where a graph reads it if it has its shapes already."""
+        assert self._edges is not None
+        made = self.model.node_inputs(self._data, self._edges, prepared)
+        old = self._nodes
+        if old is None or [t.shape for t in old.tensors] != [t.shape for t in made.tensors]:
+            self._nodes, self._moved = made, True
+        else:
+            for target, value in zip(old.tensors, made.tensors, strict=True):
+                target.copy_(value)
+        if prepared is not self._prepared:
+            # Held, since the graph reads its weights where they lie.
+            self._prepared, self._moved = prepared, True
 
     def step(self, positions: np.ndarray, cells: np.ndarray) -> dict[str, np.ndarray]:
         """Results for positions [N, 3] and cells [G, 3, 3] (the volume of the latter divides stresses), float64."""
@@ -169,13 +190,14 @@ class StaticProgram:
         """Evaluate what is in the buffers; on CUDA this does not wait for the device."""
         assert self._edges is not None, "load() comes first"
         prepared = self.model.prepare(self._edges.present)
+        if prepared is not self._prepared:
+            self._make_nodes(prepared)
         if not self._capture:
             self._evaluate()
             return
-        if self._graph is None or self._moved or prepared is not self._prepared:
+        if self._graph is None or self._moved:
             self._record()
-            # Held, since the graph reads its weights where they lie.
-            self._prepared, self._moved = prepared, False
+            self._moved = False
         assert self._graph is not None
         self._graph.replay()
 
@@ -199,26 +221,28 @@ class StaticProgram:
         self._graph = graph
 
     def _evaluate(self) -> None:
-        edges, atoms = self._edges, self.bucket.atoms
-        assert edges is not None
+        edges, nodes, prepared = self._edges, self._nodes, self._prepared
+        assert edges is not None and nodes is not None and prepared is not None
+        atoms = self.bucket.atoms
         positions, cells = self._inputs[:atoms], self._inputs[atoms:].view(-1, 3, 3)
-        # Differences of positions are made in float64: they are right to the last bit of a float32 anywhere in space.
-        vectors = positions.index_select(0, edges.receiver) - positions.index_select(0, edges.sender)
-        vectors = (vectors + self._shifts).to(self.dtype)
-        with torch.set_grad_enabled(self.forces):
-            out, edge_forces = self.model.evaluate(self._data, edges, vectors, want_forces=self.forces)
+        geometry = Geometry(
+            *edge_geometry(positions, self._shifts, edges.sender, edges.receiver, self.model.lmax, self.dtype)
+        )
+        out, edge_forces = self.model.evaluate_geometry(
+            self._data, edges, geometry, nodes, prepared, want_forces=self.forces
+        )
         results = {"node_energy": out["node_energy"], "energy": out["energy"]}
         if edge_forces is not None:
-            results["forces"] = atomic_forces(edge_forces, edges)
+            lists = (edges.receiver_row, edges.sender_order, edges.sender_row)
+            vectors = geometry.vectors if self.stress else None
+            results["forces"], virials = atom_forces(edge_forces, *lists, atoms, vectors)
             if self.stress:
-                per_edge = pair_virials(vectors, edge_forces)
-                data = {**self._data, "cell": cells.to(self.dtype)}
-                results["virials"], results["stress"] = virials_and_stress(per_edge, edges, data, True)
+                results["virials"], results["stress"] = structure_stress(virials, nodes.order, nodes.row, cells)
         flat = []
         for name in self._parts:
             value = results[name]
             assert value is not None
-            flat.append(value.detach().to(torch.float64).flatten())
+            flat.append(value.flatten())
         torch.cat(flat, out=self._outputs)
 
     def _layout(self) -> list[tuple[str, slice, tuple[int, ...]]]:

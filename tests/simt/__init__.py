@@ -15,7 +15,17 @@ import pytest
 import torch
 
 from mace_fast.kernels.build import CpuSource, CudaSource, Float32, Int32, load_cpu
-from mace_fast.kernels.ops import channelwise, harmonics, linear, linear_cuda, segment, symmetric
+from mace_fast.kernels.ops import (
+    channelwise,
+    geometry,
+    harmonics,
+    linear,
+    linear_cuda,
+    readout,
+    segment,
+    symmetric,
+    totals,
+)
 
 _HEADER = ("simt.h", (Path(__file__).parent / "simt.h").read_text())
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(16\) (\w[\w ]*?) memory\[\];")
@@ -101,6 +111,8 @@ _OPS = (
     ("segment_sum", segment._segment_sum_cuda),
     ("segment_gather", segment._segment_gather_cuda),
     ("linear", linear._linear_cuda),
+    ("linear_add", linear._linear_add_cuda),
+    ("indexed_linear_add", linear._indexed_add_cuda),
     ("indexed_linear", linear._indexed_cuda),
     ("indexed_linear_weight_grad", linear._indexed_weight_grad_cuda),
 )
@@ -111,9 +123,9 @@ def emulated_gpu() -> Iterator[None]:
     """Tensors on the CPU are served by the CUDA kernels, emulated."""
     library = torch.library.Library("mace_fast", "IMPL")  # noqa: TOR901
     with pytest.MonkeyPatch.context() as patch:
-        for module in (channelwise, harmonics, segment, symmetric, linear_cuda):
+        for module in (channelwise, geometry, harmonics, readout, segment, symmetric, totals, linear_cuda):
             patch.setattr(module, "load_cuda", load_emulated)
-        for module in (channelwise, harmonics, symmetric):
+        for module in (channelwise, geometry, harmonics, readout, symmetric, totals):
             patch.setattr(module, "on_gpu", lambda tensor: True)
         for name, function in _OPS:
             library.impl(name, function, "CPU", allow_override=True)

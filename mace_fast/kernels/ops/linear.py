@@ -24,6 +24,10 @@ _BLAS_NODES = 1000
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, str key) -> Tensor")
+_LIBRARY.define("linear_add(Tensor x, Tensor weight, Tensor addend, str key) -> Tensor")
+_LIBRARY.define(
+    "indexed_linear_add(Tensor x, Tensor weight, Tensor order, Tensor row_ptr, Tensor addend, str key) -> Tensor"
+)
 _LIBRARY.define("linear_weight_grad(Tensor x, Tensor grad, str key) -> Tensor")
 _LIBRARY.define("indexed_linear(Tensor x, Tensor weight, Tensor order, Tensor row_ptr, str key) -> Tensor")
 _LIBRARY.define("indexed_linear_weight_grad(Tensor x, Tensor grad, Tensor order, Tensor row_ptr, str key) -> Tensor")
@@ -94,6 +98,16 @@ def indexed_linear(
     return z
 
 
+def linear_add(x: torch.Tensor, weight: torch.Tensor, description: Linear, addend: torch.Tensor) -> torch.Tensor:
+    """`linear` of x [N, x_dim] without bias, plus `addend` [N, z_dim], added as the result is written.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device that does not fit, naming the argument.
+    """
+    z: torch.Tensor = torch.ops.mace_fast.linear_add(x, weight, addend, description.key)
+    return z
+
+
 def arrange_indexed_weight(weight: torch.Tensor, description: Linear, num_species: int) -> torch.Tensor:
     """e3nn's flat tensor product weight ([u, species, w] per path) as [Z, weight_numel]; differentiable.
 
@@ -145,6 +159,11 @@ def _check_indexed(
     require_lists("indexed_linear", x, order, row_ptr)
 
 
+def _check_addend(op: str, addend: torch.Tensor, x: torch.Tensor, d: Linear) -> None:
+    require_like(op, "addend", addend, x, "x")
+    require_shape(op, "addend", addend, (x.shape[0], d.z_dim))
+
+
 # --- linear
 # -----------------------------------------------------------------------------------------------------------
 
@@ -181,6 +200,36 @@ def _linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     d = parse_linear(key)
     _check_linear(x, weight, bias, d)
     return x.new_empty(x.shape[0], d.z_dim)
+
+
+def _linear_add(x: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor, key: str) -> torch.Tensor:
+    _check_addend("linear_add", addend, x, parse_linear(key))
+    return _linear(x, weight, None, key).add_(addend)
+
+
+def _linear_add_cuda(x: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor, key: str) -> torch.Tensor:
+    d = parse_linear(key)
+    _check_linear(x, weight, None, d)
+    _check_addend("linear_add", addend, x, d)
+    if _prefers_blas(x, d):
+        return _linear_add(x, weight, addend, key)
+    return linear_cuda.forward(x, weight, None, None, None, d, addend)
+
+
+def _linear_add_fake(x: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor, key: str) -> torch.Tensor:
+    _check_addend("linear_add", addend, x, parse_linear(key))
+    return _linear_fake(x, weight, None, key)
+
+
+def _linear_add_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    d = parse_linear(ctx.key)
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.mace_fast.linear(grad, weight, None, d.transposed.key)
+    if ctx.needs_input_grad[1]:
+        grad_weight = torch.ops.mace_fast.linear_weight_grad(x, grad, d.key)
+    return grad_x, grad_weight, grad, None
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -280,6 +329,54 @@ def _indexed_fake(
     return x.new_empty(x.shape[0], d.z_dim)
 
 
+def _indexed_add_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    order: torch.Tensor,
+    row_ptr: torch.Tensor,
+    addend: torch.Tensor,
+    key: str,
+) -> torch.Tensor:
+    _check_addend("indexed_linear_add", addend, x, parse_linear(key))
+    return _indexed_cpu(x, weight, order, row_ptr, key).add_(addend)
+
+
+def _indexed_add_cuda(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    order: torch.Tensor,
+    row_ptr: torch.Tensor,
+    addend: torch.Tensor,
+    key: str,
+) -> torch.Tensor:
+    d = parse_linear(key)
+    _check_indexed(x, weight, order, row_ptr, d)
+    _check_addend("indexed_linear_add", addend, x, d)
+    return linear_cuda.forward(x, weight, None, order, row_ptr, d, addend)
+
+
+def _indexed_add_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    order: torch.Tensor,
+    row_ptr: torch.Tensor,
+    addend: torch.Tensor,
+    key: str,
+) -> torch.Tensor:
+    _check_addend("indexed_linear_add", addend, x, parse_linear(key))
+    return _indexed_fake(x, weight, order, row_ptr, key)
+
+
+def _indexed_add_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, order, row_ptr, _, key = inputs
+    _indexed_setup(ctx, (x, weight, order, row_ptr, key), output)
+
+
+def _indexed_add_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    grad_x, grad_weight, *_ = _indexed_backward(ctx, grad)
+    return grad_x, grad_weight, None, None, grad, None
+
+
 def _indexed_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, weight, order, row_ptr, ctx.key = inputs
     ctx.save_for_backward(x, weight, order, row_ptr)
@@ -361,6 +458,10 @@ def _present(op: str, row_ptr: torch.Tensor, rows: int) -> list[tuple[int, int, 
 
 _LIBRARY.impl("linear", _linear, "CPU")
 _LIBRARY.impl("linear", _linear_cuda, "CUDA")
+_LIBRARY.impl("linear_add", _linear_add, "CPU")
+_LIBRARY.impl("linear_add", _linear_add_cuda, "CUDA")
+_LIBRARY.impl("indexed_linear_add", _indexed_add_cpu, "CPU")
+_LIBRARY.impl("indexed_linear_add", _indexed_add_cuda, "CUDA")
 _LIBRARY.impl("linear_weight_grad", _linear_weight_grad, "CPU")
 _LIBRARY.impl("linear_weight_grad", _linear_weight_grad, "CUDA")
 _LIBRARY.impl("indexed_linear", _indexed_cpu, "CPU")
@@ -368,6 +469,8 @@ _LIBRARY.impl("indexed_linear", _indexed_cuda, "CUDA")
 _LIBRARY.impl("indexed_linear_weight_grad", _indexed_weight_grad_cpu, "CPU")
 _LIBRARY.impl("indexed_linear_weight_grad", _indexed_weight_grad_cuda, "CUDA")
 torch.library.register_fake("mace_fast::linear", _linear_fake, lib=_LIBRARY)
+torch.library.register_fake("mace_fast::linear_add", _linear_add_fake, lib=_LIBRARY)
+torch.library.register_fake("mace_fast::indexed_linear_add", _indexed_add_fake, lib=_LIBRARY)
 torch.library.register_fake("mace_fast::linear_weight_grad", _linear_weight_grad_fake, lib=_LIBRARY)
 torch.library.register_fake("mace_fast::indexed_linear", _indexed_fake, lib=_LIBRARY)
 torch.library.register_fake("mace_fast::indexed_linear_weight_grad", _indexed_weight_grad_fake, lib=_LIBRARY)
@@ -386,4 +489,10 @@ torch.library.register_autograd(
     _indexed_weight_grad_backward,
     setup_context=_indexed_weight_grad_setup,
     lib=_LIBRARY,
+)
+torch.library.register_autograd(
+    "mace_fast::linear_add", _linear_add_backward, setup_context=_linear_setup, lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "mace_fast::indexed_linear_add", _indexed_add_backward, setup_context=_indexed_add_setup, lib=_LIBRARY
 )

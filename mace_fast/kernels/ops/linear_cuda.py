@@ -47,8 +47,11 @@ def forward(
     order: torch.Tensor | None,
     row_ptr: torch.Tensor | None,
     d: Linear,
+    addend: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[N, z_dim]; `weight` is [weight_numel], or [Z, weight_numel] with the lists of nodes by species."""
+    """[N, z_dim], with `addend` of that shape added.
+
+    `weight` is [weight_numel], or [Z, weight_numel] with the lists of nodes by species."""
     nodes = x.shape[0]
     z = x.new_empty(nodes, d.z_dim)
     if z.numel() == 0:
@@ -61,7 +64,8 @@ def forward(
             break
     module = _forward_module(d.key, x.dtype, ids, tiling, x.device)
     lists = (_contiguous(order), _contiguous(row_ptr))
-    operands = (_aligned(x), _aligned(weight), _contiguous(bias), *lists, z, nodes)
+    more = None if addend is None else _aligned(addend)
+    operands = (_aligned(x), _aligned(weight), _contiguous(bias), *lists, more, z, nodes)
     args = (*operands, *_tables(d.key, x.device), Int32(species or 1))
     module.launch("linear_forward", (blocks, 1, 1), (tiling.threads, 1, 1), 0, args)
     return z

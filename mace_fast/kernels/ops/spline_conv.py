@@ -6,6 +6,7 @@ constants.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,10 @@ _SPLINE = "Tensor? table, Tensor rows, int intervals, float per_length"
 _LIBRARY.define(f"spline_conv(Tensor x, Tensor y, Tensor radius, {_GRAPH}, {_SPLINE}, str description) -> Tensor")
 _LIBRARY.define(
     f"spline_conv_backward(Tensor x, Tensor y, Tensor radius, Tensor g, {_GRAPH}, {_SPLINE}, str description, "
+    "bool want_x) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"spline_conv_edge_parts(Tensor x, Tensor y, Tensor radius, Tensor g, {_GRAPH}, {_SPLINE}, str description, "
     "bool want_x) -> (Tensor, Tensor)"
 )
 
@@ -76,6 +81,7 @@ def spline_conv(
     radius: Tensor,
     graph: FrozenGraph,
     spline: RadialSpline,
+    sink: list[Tensor] | None = None,
 ) -> Tensor:
     """Graph convolution with weights interpolated inside the kernel; differentiable once, in x, y and radius.
 
@@ -86,6 +92,9 @@ def spline_conv(
         radius: [E] edge lengths.
         graph: who gathers and sums.
         spline: the weights.
+        sink: if given, the gradient with respect to the edges is not returned through autograd, but appended here when
+            the gradient is computed: [parts, E, y_dim + 1], to be summed over parts, the last column of the radius,
+            and anything in the rows of edges that ``row`` does not list. It takes a kernel less to make and to use.
 
     Returns:
         [num_receivers, z_dim], ``ir_mul``.
@@ -106,7 +115,39 @@ def spline_conv(
             raise ValueError(f"{name} is on {operand.device} and radius on {radius.device}; move them to one device")
         if tuple(operand.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(operand.shape)}; this convolution needs {list(shape)}")
+    if sink is not None:
+        z: Tensor = _WithSink.apply(x, y, radius, graph, spline, description.key, sink)
+        return z
     return torch.ops.mace_fast.spline_conv(x, y, radius, *graph, *spline, description.key)
+
+
+class _WithSink(torch.autograd.Function):
+    """The same where gradients of edges go to a list."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        radius: Tensor,
+        graph: FrozenGraph,
+        spline: RadialSpline,
+        key: str,
+        sink: list[Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(x, y, radius)
+        ctx.constants, ctx.sink = (*graph, *spline, key), sink
+        z: Tensor = torch.ops.mace_fast.spline_conv(x, y, radius, *ctx.constants)
+        return z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, y, radius = ctx.saved_tensors
+        want_x = ctx.needs_input_grad[0]
+        dx, parts = torch.ops.mace_fast.spline_conv_edge_parts(x, y, radius, g, *ctx.constants, want_x)
+        ctx.sink.append(parts)
+        return (dx if want_x else None, *(None,) * 6)
 
 
 def _graph_for_kernels(graph: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
@@ -137,13 +178,23 @@ def _spline_conv(x: Tensor, y: Tensor, radius: Tensor, *rest: Any) -> Tensor:
 
 
 def _spline_conv_backward(x: Tensor, y: Tensor, radius: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    # Zeroed, since edges that pad the list are never written.
+    dx, edge_grad = _backward(x, y, radius, g, *rest, make_edge_grad=x.new_zeros)
+    return dx, edge_grad[0] if edge_grad.shape[0] == 1 else edge_grad.sum(0)
+
+
+def _spline_conv_edge_parts(x: Tensor, y: Tensor, radius: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _backward(x, y, radius, g, *rest, make_edge_grad=x.new_empty)
+
+
+def _backward(
+    x: Tensor, y: Tensor, radius: Tensor, g: Tensor, *rest: Any, make_edge_grad: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor]:
     graph, spline, key, want_x = rest[:6], rest[6:10], rest[10], rest[11]
     description = ChannelwiseTensorProduct.parse(key)
     variant = Variant(False, True, want_x, True, False, spline[1].shape[1])
-    parts = gradient_parts(key, x, variant)
     edges = radius.shape[0]
-    # Zeroed, since edges that pad the list are never written.
-    edge_grad = x.new_zeros((parts, edges, description.y_dim + 1))
+    edge_grad = make_edge_grad((gradient_parts(key, x, variant), edges, description.y_dim + 1))
     make = x.new_empty if description.covers_x else x.new_zeros
     x_of_edges = make((edges, description.x_dim)) if want_x else x.new_empty(0)
     run_kernel(
@@ -159,10 +210,14 @@ def _spline_conv_backward(x: Tensor, y: Tensor, radius: Tensor, g: Tensor, *rest
     dx = x.new_empty(0)
     if want_x:
         dx = segment_sum(x_of_edges, Segments(sender, sender_order, sender_row))[: x.shape[0]]
-    return dx, edge_grad[0] if parts == 1 else edge_grad.sum(0)
+    return dx, edge_grad
 
 
-for _name, _function in (("spline_conv", _spline_conv), ("spline_conv_backward", _spline_conv_backward)):
+for _name, _function in (
+    ("spline_conv", _spline_conv),
+    ("spline_conv_backward", _spline_conv_backward),
+    ("spline_conv_edge_parts", _spline_conv_edge_parts),
+):
     _LIBRARY.impl(_name, _function, "CPU")
     _LIBRARY.impl(_name, _function, "CUDA")
 
@@ -176,6 +231,13 @@ def _(x: Tensor, y: Tensor, radius: Tensor, *rest: Any) -> Tensor:
 def _(x: Tensor, y: Tensor, radius: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x) if rest[11] else x.new_empty(0)
     return dx, x.new_empty((radius.shape[0], ChannelwiseTensorProduct.parse(rest[10]).y_dim + 1))
+
+
+@torch.library.register_fake("mace_fast::spline_conv_edge_parts")
+def _(x: Tensor, y: Tensor, radius: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x) if rest[11] else x.new_empty(0)
+    parts = gradient_parts(rest[10], x, Variant(False, True, rest[11], True, False, rest[7].shape[1]))
+    return dx, x.new_empty((parts, radius.shape[0], ChannelwiseTensorProduct.parse(rest[10]).y_dim + 1))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -70,7 +70,8 @@ def _reverse(lmax: int) -> list[str]:
     return lines
 
 
-def _functions(lmax: int, ctype: str) -> list[str]:
+def functions(lmax: int, ctype: str) -> list[str]:
+    """What both kernels of a degree share."""
     count = (lmax + 1) ** 2
     return [
         "namespace problem {",
@@ -89,7 +90,8 @@ def _functions(lmax: int, ctype: str) -> list[str]:
     ]
 
 
-def _headers() -> tuple[tuple[str, str], ...]:
+def headers() -> tuple[tuple[str, str], ...]:
+    """The headers that :func:`functions` wants."""
     return tuple((name, header(name)) for name in ("number.h", "edge_harmonics.h"))
 
 
@@ -98,7 +100,7 @@ def cuda_source(lmax: int, ctype: str) -> CudaSource:
     """Kernels ``edge_harmonics`` and ``edge_harmonics_backward``, a thread for each edge."""
     text = [
         '#include "number.h"',
-        *_functions(lmax, ctype),
+        *functions(lmax, ctype),
         f'extern "C" __global__ void {FORWARD}(const {ctype}* vectors, {ctype}* radius, {ctype}* y, long long edges) {{',
         "    const long long e = blockIdx.x * (long long)blockDim.x + threadIdx.x;",
         "    if (e < edges) mf::edge_forward(vectors + 3 * e, radius + e, y + e * problem::COUNT);",
@@ -109,7 +111,7 @@ def cuda_source(lmax: int, ctype: str) -> CudaSource:
         "    if (e < edges) mf::edge_backward(vectors + 3 * e, dy + e * dy_row, dradius[e * dradius_row], dvectors + 3 * e);",
         "}",
     ]
-    return CudaSource(FORWARD, "\n".join(text) + "\n", _headers(), (FORWARD, BACKWARD))
+    return CudaSource(FORWARD, "\n".join(text) + "\n", headers(), (FORWARD, BACKWARD))
 
 
 @cache
@@ -120,7 +122,7 @@ def cpu_source(lmax: int, ctype: str) -> CpuSource:
     text = [
         "#include <cmath>",
         '#include "number.h"',
-        *_functions(lmax, ctype),
+        *functions(lmax, ctype),
         f"{export} {FORWARD}(const {ctype}* vectors, {ctype}* radius, {ctype}* y, long long edges, int threads) {{",
         loop + "mf::edge_forward(vectors + 3 * e, radius + e, y + e * problem::COUNT);",
         "}",
@@ -129,4 +131,4 @@ def cpu_source(lmax: int, ctype: str) -> CpuSource:
         loop + "mf::edge_backward(vectors + 3 * e, dy + e * dy_row, dradius[e * dradius_row], dvectors + 3 * e);",
         "}",
     ]
-    return CpuSource(FORWARD, "\n".join(text) + "\n", _headers())
+    return CpuSource(FORWARD, "\n".join(text) + "\n", headers())

@@ -137,10 +137,10 @@ def _forward(vx: int, vw: int, vz: int, along_x: bool, values: str, ids: str, ti
 using mf::index_t;
 
 extern "C" __global__ void __launch_bounds__({tiling.threads}, {tiling.per_sm}) linear_forward(
-    const T* x, const T* weight, const T* bias, const I* order, const I* row_ptr, T* z, index_t nodes,
+    const T* x, const T* weight, const T* bias, const I* order, const I* row_ptr, const T* addend, T* z, index_t nodes,
     {_MAP}) {{
     {_MAP_VALUE}
-    mf::linear_forward(x, weight, bias, order, row_ptr, z, map, nodes);
+    mf::linear_forward(x, weight, bias, order, row_ptr, addend, z, map, nodes);
 }}
 """
     return _source("linear_forward", text, ("indexed_linear.cuh",), ("linear_forward",))

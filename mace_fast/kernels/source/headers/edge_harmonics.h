@@ -17,6 +17,15 @@ MF_INLINE void edge_forward(const problem::T* vector, problem::T* radius, proble
     for (int j = 0; j < problem::COUNT; ++j) y[j] = Y[j];
 }
 
+// Differences of positions are formed in float64: rounded once, they are right to the last bit anywhere in space.
+MF_INLINE void edge_geometry(
+    const double* positions, index_t sender, index_t receiver, const double* shift, problem::T* vector,
+    problem::T* radius, problem::T* y) {
+    for (int a = 0; a < 3; ++a)
+        vector[a] = problem::T((positions[3 * receiver + a] - positions[3 * sender + a]) + shift[a]);
+    edge_forward(vector, radius, y);
+}
+
 // The gradient with respect to the unit vector loses its part along the vector, where the gradient of the length acts.
 MF_INLINE void edge_backward(const problem::T* vector, const problem::T* dy, problem::T dradius, problem::T* dvector) {
     typedef problem::T T;

@@ -1,4 +1,4 @@
-// An equivariant linear map on CUDA: z[n] = x[n] W[species(n)] + bias, all irreps blocks of all nodes in one launch.
+// An equivariant linear map on CUDA: z[n] = x[n] W[species(n)] + bias + addend[n], all irreps blocks of all nodes in one launch.
 //
 // A matrix product in tiles through shared memory. A tile is BM rows of one output block, all of one species, times BN
 // output channels; a row is (node, component), so the 2l+1 components are simply more rows of the same product. Rows
@@ -92,14 +92,15 @@ union Stage {
 };
 
 // Channels of a row are neighbours in z: straight from the registers.
-MF_INLINE void write_rows(const Product& product, const RowTile& tile, const Block& block, int n0, T* z, index_t z_dim) {
+MF_INLINE void write_rows(
+    const Product& product, const RowTile& tile, const Block& block, int n0, const T* addend, T* z, index_t z_dim) {
 #pragma unroll
     for (int i = 0; i < TM; ++i) {
         const int r = product.m + i;
         if (r >= tile.rows) break;
         int component;
         const index_t node = tile.node(r, component);
-        T* row = z + node * z_dim + block.z + component * block.z_component + n0;
+        const index_t begin = node * z_dim + block.z + component * block.z_component + n0;
 #pragma unroll
         for (int j = 0; j < TN; j += VZ) {
             const int n = product.column_of(j);
@@ -107,14 +108,16 @@ MF_INLINE void write_rows(const Product& product, const RowTile& tile, const Blo
             Pack<VZ> out;
 #pragma unroll
             for (int q = 0; q < VZ; ++q) out.v[q] = product.value[i][j + q];
-            store<VZ>(row + n, out);
+            if (addend) add<VZ>(out, load<VZ>(addend + begin + n));
+            store<VZ>(z + begin + n, out);
         }
     }
 }
 
 // Components of a channel are neighbours in z (mul_ir): by way of shared memory, so that a warp writes what lies together.
 MF_INLINE void write_nodes(
-    const Product& product, const RowTile& tile, const Block& block, int n0, T* z, index_t z_dim, Stage& stage) {
+    const Product& product, const RowTile& tile, const Block& block, int n0, const T* addend, T* z, index_t z_dim,
+    Stage& stage) {
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < TM; ++i)
@@ -125,16 +128,19 @@ MF_INLINE void write_nodes(
     const index_t last = (tile.first + tile.rows - 1) / block.dim;
     for (index_t member = tile.first / block.dim; member <= last; ++member) {
         const int row = int(member * block.dim - tile.first);  // of component 0; negative in a node that began before
-        T* node = z + tile.at(member) * z_dim + block.z + n0 * block.z_channel;
+        const index_t begin = tile.at(member) * z_dim + block.z + n0 * block.z_channel;
         for (int q = threadIdx.x; q < width; q += THREADS) {
             const int n = q / block.dim, component = q - n * block.dim, r = row + component;
-            if (r >= 0 && r < tile.rows) node[n * block.z_channel + component * block.z_component] = stage.product[r][n];
+            if (r < 0 || r >= tile.rows) continue;
+            const index_t place = begin + n * block.z_channel + component * block.z_component;
+            z[place] = addend ? stage.product[r][n] + addend[place] : stage.product[r][n];
         }
     }
 }
 
 MF_INLINE void linear_forward(
-    const T* x, const T* weight, const T* bias, const I* order, const I* row_ptr, T* z, const Map& map, index_t nodes) {
+    const T* x, const T* weight, const T* bias, const I* order, const I* row_ptr, const T* addend, T* z, const Map& map,
+    index_t nodes) {
     alignas(16) __shared__ Stage stage;
 
     index_t id = blockIdx.x;
@@ -198,9 +204,9 @@ MF_INLINE void linear_forward(
             for (int j = 0; j < TN; ++j) product.value[i][j] = not_a_number();
     }
     if (block.z_channel == 1)
-        write_rows(product, tile, block, n0, z, map.z_dim);
+        write_rows(product, tile, block, n0, addend, z, map.z_dim);
     else
-        write_nodes(product, tile, block, n0, z, map.z_dim, stage);
+        write_nodes(product, tile, block, n0, addend, z, map.z_dim, stage);
 }
 
 }  // namespace mf
