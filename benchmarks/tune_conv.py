@@ -99,7 +99,7 @@ class Case:
             dx = self.x.new_empty(self.edges, d.x_dim) if variant.want_x else self.x.new_empty(0)
             dy = self.x.new_empty(parts, self.edges, d.y_dim + (variant.order > 0))
             dw = torch.empty_like(self.w) if variant.want_w else self.x.new_empty(0)
-            outputs = (self.g, d.z_dim, dx, dy, dw if variant.want_w else None)
+            outputs = (self.g, d.z_dim, dx, dy, dw if variant.want_w else None, 0, self.edges)
             run_kernel(key, variant, operands, tangents, tuple(self.graph), outputs, spline, schedule)
             results = [dx, dy[0] if parts == 1 else dy.sum(0), dw]
         else:

@@ -70,6 +70,11 @@ def test_splines(seed: int, gpu: None, dtype: torch.dtype, tables: int) -> None:
     test_spline_conv.test_equals_written_weights(seed, "cpu", dtype, tables)
 
 
+@pytest.mark.parametrize("stretch", [7, 64])
+def test_stretches_of_edges(seed: int, gpu: None, monkeypatch: pytest.MonkeyPatch, stretch: int) -> None:
+    test_spline_conv.test_stretches_of_edges_add_up(seed, monkeypatch, "cpu", stretch, 20)
+
+
 def test_splines_beyond_the_cutoff(seed: int, gpu: None) -> None:
     test_spline_conv.test_beyond_the_cutoff_is_exactly_zero_and_nan_stays(seed, "cpu")
 

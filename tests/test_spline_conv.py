@@ -8,6 +8,8 @@ from oracles import assert_close, mace_product
 
 from mace_fast.inference.tables import SplineTable, tabulate
 from mace_fast.kernels import ChannelwiseTensorProduct, channelwise_tp_conv, edge_graph
+from mace_fast.kernels.ops import channelwise
+from mace_fast.kernels.ops import spline_conv as ops
 from mace_fast.kernels.ops.spline_conv import FrozenGraph, RadialSpline, spline_conv
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -59,6 +61,39 @@ def test_equals_written_weights(seed: int, device: str, dtype: torch.dtype, tabl
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("stretch", [1, 7, 45, 64, 1000])
+@pytest.mark.parametrize("mul", [8, 20])
+def test_stretches_of_edges_add_up(
+    seed: int, monkeypatch: pytest.MonkeyPatch, device: str, stretch: int, mul: int
+) -> None:
+    """Gradients of edges are summed at senders in pieces of any length: the same edges, wherever a piece ends, with a
+    list that is padded, and with a receiver whose edges several groups share."""
+    d = mace_product(1, mul)
+    dtype, edges, padding = torch.float64, 90, 5
+    x, y, r, _, _ = problem(d, device, dtype, 7, edges + padding)
+    sender, receiver = torch.randint(0, 6, (edges,)), torch.randint(0, 6, (edges,))
+    receiver[:40] = 3
+    receiver = receiver.sort().values
+    graph = edge_graph(sender.to(device), receiver.to(device), 7, 7)
+    filled = torch.nn.functional.pad
+    rest = torch.arange(edges, edges + padding, dtype=torch.int32, device=device)
+    sender_row = filled(graph.sender_row, (0, 1), value=edges + padding)
+    lists = (filled(graph.receiver, (0, padding)), None, graph.row, torch.cat([graph.sender_order, rest]), sender_row)
+    frozen = FrozenGraph(filled(graph.sender, (0, padding)), *lists)
+    table = tabulate("f", functions(d.weight_numel, 1), CUTOFF, torch.float64)
+    z = spline_conv(d, x, y, r, frozen, on_device(table, None, device, dtype))
+    g = torch.randn_like(z)
+    whole = torch.autograd.grad(z, (x, y, r), g, retain_graph=True)
+    monkeypatch.setattr(channelwise, "_edge_limit", lambda groups, edges: 16)
+    scratch = stretch * d.x_dim * 8
+    monkeypatch.setattr(ops, "_SCRATCH_BYTES", {True: scratch, False: scratch})
+    pieces = torch.autograd.grad(z, (x, y, r), g)
+    assert whole[0][6].abs().max() == 0 and whole[0][:6].abs().min() > 0
+    for a, b in zip(whole, pieces, strict=True):
+        assert_close(b[: len(a)], a, terms=256)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_beyond_the_cutoff_is_exactly_zero_and_nan_stays(seed: int, device: str) -> None:
     d = mace_product(0, 8)
     x, y, r, _, frozen = problem(d, device, torch.float64, 4, 30)
@@ -81,3 +116,5 @@ def test_wrong_operands_are_named(seed: int) -> None:
         spline_conv(d, x, y, r, frozen, spline._replace(rows=spline.rows[:, :, :3]))
     with pytest.raises(TypeError, match="float32"):
         spline_conv(d, x.float(), y, r, frozen, spline)
+    with pytest.raises(ValueError, match="sender_order"):
+        spline_conv(d, x, y, r, frozen._replace(sender_order=None), spline)

@@ -23,6 +23,7 @@ from mace_fast.kernels.ops import (
     linear_cuda,
     readout,
     segment,
+    sender_sum,
     symmetric,
     totals,
 )
@@ -123,9 +124,9 @@ def emulated_gpu() -> Iterator[None]:
     """Tensors on the CPU are served by the CUDA kernels, emulated."""
     library = torch.library.Library("mace_fast", "IMPL")  # noqa: TOR901
     with pytest.MonkeyPatch.context() as patch:
-        for module in (channelwise, geometry, harmonics, readout, segment, symmetric, totals, linear_cuda):
+        for module in (channelwise, geometry, harmonics, readout, segment, sender_sum, symmetric, totals, linear_cuda):
             patch.setattr(module, "load_cuda", load_emulated)
-        for module in (channelwise, geometry, harmonics, readout, symmetric, totals):
+        for module in (channelwise, geometry, harmonics, readout, sender_sum, symmetric, totals):
             patch.setattr(module, "on_gpu", lambda tensor: True)
         for name, function in _OPS:
             library.impl(name, function, "CPU", allow_override=True)

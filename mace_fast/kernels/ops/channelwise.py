@@ -155,7 +155,7 @@ def _cpu_function(key: str, item_bytes: int, variant: Variant) -> Callable[..., 
     source = cpu_source(ChannelwiseTensorProduct.parse(key), item_bytes, variant)
     function = getattr(load_cpu(source), variant.entry)
     pointer, integer = ctypes.c_void_p, ctypes.c_longlong
-    outputs = [pointer, integer, pointer, pointer, pointer] if variant.backward else [pointer, integer]
+    outputs = [pointer, integer, *[pointer] * 3, integer, integer] if variant.backward else [pointer, integer]
     spline = [pointer, pointer, pointer, integer, ctypes.c_double]
     head = [pointer] * 3 + [ctypes.c_float, integer] + [pointer] * 6 + [integer] * 3
     function.argtypes = [*head, *spline, *outputs, ctypes.c_int]
@@ -304,7 +304,8 @@ def run_kernel(
     schedule: Schedule | None = None,
 ) -> None:
     """Run one kernel of a description; operands are contiguous, outputs (z, its row length), or (g, its row length, dx,
-    dy in ``gradient_parts``, dw). ``schedule`` overrides what the plan chooses for a GPU."""
+    dy in ``gradient_parts``, dw, first, end). Only the edges from ``first`` up to ``end`` are worked on, and ``dx`` has
+    rows from ``first`` on; without a spline these are all. ``schedule`` overrides what the plan chooses for a GPU."""
     if on_gpu(operands[0]):
         _run_cuda(key, variant, operands, tangents, graph, outputs, spline, schedule)
     else:
@@ -352,7 +353,8 @@ def _backward(
     w_of_edges = x.new_empty((edges, description.weight_numel)) if want_w else empty
     if edges and (want_x or want_y or want_w):
         a, b, c = (_dense(t) for t in tangents)
-        run_kernel(key, variant, (x, y, w), (a, b, c), graph, (g, description.z_dim, x_of_edges, y_parts, w_of_edges))
+        outputs = (g, description.z_dim, x_of_edges, y_parts, w_of_edges, 0, edges)
+        run_kernel(key, variant, (x, y, w), (a, b, c), graph, outputs)
     dx = _sum_at_senders(x_of_edges, graph) if want_x else empty
     dy = (y_parts[0] if parts == 1 else y_parts.sum(0)) if want_y else empty
     dw = (w_of_edges.sum(0) if w.dim() == 1 else w_of_edges) if wants[2] else empty

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
 from mace_fast.kernels.ops.channelwise import Spline, gradient_parts, run_kernel
-from mace_fast.kernels.ops.segment import Segments, segment_sum
+from mace_fast.kernels.ops.sender_sum import sum_at_senders
 from mace_fast.kernels.source.channelwise import Variant
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
@@ -29,6 +29,9 @@ _LIBRARY.define(
     f"spline_conv_edge_parts(Tensor x, Tensor y, Tensor radius, Tensor g, {_GRAPH}, {_SPLINE}, str description, "
     "bool want_x) -> (Tensor, Tensor)"
 )
+
+_SCRATCH_BYTES = {True: 1 << 30, False: 1 << 26}
+"""Room for gradients of edges on their way to their senders, on a GPU and on a CPU; more edges are taken in turn."""
 
 
 class FrozenGraph(NamedTuple):
@@ -115,6 +118,8 @@ def spline_conv(
             raise ValueError(f"{name} is on {operand.device} and radius on {radius.device}; move them to one device")
         if tuple(operand.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(operand.shape)}; this convolution needs {list(shape)}")
+    if x.requires_grad and (graph.sender_order is None or graph.sender_row is None):
+        raise ValueError("x requires a gradient, but the graph has no sender_order and sender_row; give it both")
     if sink is not None:
         z: Tensor = _WithSink.apply(x, y, radius, graph, spline, description.key, sink)
         return z
@@ -195,21 +200,28 @@ def _backward(
     variant = Variant(False, True, want_x, True, False, spline[1].shape[1])
     edges = radius.shape[0]
     edge_grad = make_edge_grad((gradient_parts(key, x, variant), edges, description.y_dim + 1))
+    x, y, g, radius = x.contiguous(), y.contiguous(), g.contiguous(), radius.contiguous()
+    order, sender_order, sender_row = graph[2], graph[4], graph[5]
+    stretch = max(edges, 1)
+    if want_x and order is None:
+        stretch = max(1, min(stretch, _SCRATCH_BYTES[x.is_cuda] // (description.x_dim * x.element_size())))
+    dx = torch.empty_like(x) if want_x else x.new_empty(0)
     make = x.new_empty if description.covers_x else x.new_zeros
-    x_of_edges = make((edges, description.x_dim)) if want_x else x.new_empty(0)
-    run_kernel(
-        key,
-        variant,
-        (x.contiguous(), y.contiguous(), None),
-        (None, None, None),
-        _graph_for_kernels(graph),
-        (g.contiguous(), description.z_dim, x_of_edges, edge_grad, None),
-        _spline_for_kernels(radius.contiguous(), spline),
-    )
-    sender, *_, sender_order, sender_row = graph
-    dx = x.new_empty(0)
-    if want_x:
-        dx = segment_sum(x_of_edges, Segments(sender, sender_order, sender_row))[: x.shape[0]]
+    x_of_edges = make((min(stretch, edges), description.x_dim)) if want_x else x.new_empty(0)
+    for first in range(0, max(edges, 1), stretch):
+        end = min(first + stretch, edges)
+        run_kernel(
+            key,
+            variant,
+            (x, y, None),
+            (None, None, None),
+            _graph_for_kernels(graph),
+            (g, description.z_dim, x_of_edges, edge_grad, None, first, end),
+            _spline_for_kernels(radius, spline),
+        )
+        if want_x:
+            per_sender = stretch / max(x.shape[0], 1)
+            sum_at_senders(x_of_edges, sender_order, sender_row, dx, first, end, per_sender)
     return dx, edge_grad
 
 

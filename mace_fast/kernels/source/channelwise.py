@@ -221,15 +221,19 @@ def cuda_source(
     entries = tuple(f"{variant.entry}_{launch}" for launch in range(len(launches)))
     for entry, members in zip(entries, launches, strict=True):
         if variant.backward:
-            outputs = "const T* g, long long g_row, T* dx, T* dy, T* dw, long long edges"
+            outputs = (
+                "const T* g, long long g_row, T* dx, T* dy, T* dw, long long first, long long end, long long edges"
+            )
         else:
             outputs = "T* z, T* partial, long long z_row"
+        # Only where the weights of edges are not written may the gradients of edges be too many to write.
+        stretch = "mf::Stretch{int(first), int(end)}, int(first)" if variant.order else "mf::AllEdges(), 0"
         calls = []
         for place, number in enumerate(members):
             segment = f"problem::segment{number}::Segment"
             if variant.backward:
                 call = (
-                    f"mf::conv_backward<{segment}, {dual}, {_wants(variant)}>(graph, in, tangent, spline, g, g_row, "
+                    f"mf::conv_backward<{segment}, {dual}, {_wants(variant)}>(graph, {stretch}, in, tangent, spline, g, g_row, "
                     f"dx, dy, dw, edges, {number} * (long long)gridDim.y);"
                 )
             else:
@@ -267,10 +271,14 @@ def cpu_source(description: ChannelwiseTensorProduct, item_bytes: int, variant: 
     ctype = _ctype(item_bytes)
     dual = "true" if variant.dual else "false"
     merged = _one_segment(layout)
-    outputs = "const T* g, long long g_row, T* dx, T* dy, T* dw" if variant.backward else "T* z, long long z_row"
+    outputs = (
+        "const T* g, long long g_row, T* dx, T* dy, T* dw, long long first, long long end"
+        if variant.backward
+        else "T* z, long long z_row"
+    )
     call = (
         f"mf::conv_backward<problem::segment0::Segment, {dual}, {_wants(variant)}>"
-        "(graph, in, tangent, spline, g, g_row, dx, dy, dw, threads);"
+        "(graph, in, tangent, spline, g, g_row, dx, dy, dw, first, end, threads);"
         if variant.backward
         else f"mf::conv_forward<problem::segment0::Segment, {dual}>(graph, in, tangent, spline, z, z_row, threads);"
     )

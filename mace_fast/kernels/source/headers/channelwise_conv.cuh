@@ -248,13 +248,27 @@ template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
     }
 };
 
-// Walks the edges of this group: start(n), edge(slot, operands) for each edge, finish(n, window), and after each tile
+// Which positions in the sorted list of edges are worked on: all, or a stretch of them. `opened`: where the edges of
+// receiver n begin, if those before are done.
+struct AllEdges {
+    MF_INLINE index_t from(index_t position) const { return position; }
+    MF_INLINE index_t upto(index_t position) const { return position; }
+    MF_INLINE index_t opened(const Graph&, index_t, index_t position) const { return position; }
+};
+struct Stretch {
+    int first, end;
+    MF_INLINE index_t from(index_t position) const { return position > first ? position : first; }
+    MF_INLINE index_t upto(index_t position) const { return position < end ? position : end; }
+    MF_INLINE index_t opened(const Graph& graph, index_t n, index_t) const { return graph.begin(n); }
+};
+
+// Walks the edges of this group that are in `range`: start(n), edge(slot, operands) for each edge, finish(n, window), and after each tile
 // flush(count). The window is -1 for the receivers of a run. Operands of the next edge are loaded before the current one
 // is worked on.
-template <class S, bool DUAL, bool SLOPE, class Start, class Edge, class Finish, class Flush>
-MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Operands<typename S::T>& in,
-                    const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline, int u, Start start,
-                    Edge edge, Finish finish, Flush flush) {
+template <class S, bool DUAL, bool SLOPE, class Range, class Start, class Edge, class Finish, class Flush>
+MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Range& range,
+                    const Operands<typename S::T>& in, const Operands<typename S::T>& tangent,
+                    const Spline<typename S::T>& spline, int u, Start start, Edge edge, Finish finish, Flush flush) {
     const index_t group = index_t(blockIdx.x) * blockDim.y + threadIdx.y;
     const index_t window = group < graph.groups ? -1 : group - graph.groups;
     index_t first, last, position, end;
@@ -272,13 +286,16 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ope
         position = opens > rest ? opens : rest;
         end = graph.begin(last);
         if (opens + graph.limit < end) end = opens + graph.limit;
-        if (position >= end) return;
+        if (range.from(position) >= range.upto(end)) return;
     }
+    position = range.from(position);
+    end = range.upto(end);
     index_t tile_begin = position, tile_end = position;
     EdgeOperands<S, DUAL, SLOPE> current, next;
     for (index_t n = first; n < last; ++n) {
-        const index_t row_end = window < 0 ? graph.begin(n + 1) : end;
-        const index_t stop = row_end - position > graph.limit ? position + graph.limit : row_end;
+        const index_t row_end = window < 0 ? range.upto(graph.begin(n + 1)) : end;
+        const index_t row_begin = window < 0 ? range.opened(graph, n, position) : position;
+        const index_t stop = row_end - row_begin > graph.limit ? row_begin + graph.limit : row_end;
         start(n);
         while (position < stop) {
             if (position == tile_end) {
@@ -321,7 +338,7 @@ MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& i
     const T zero = graph.poison ? T(*graph.poison) : T(0);
     N sum[S::NZ];
     walk<S, DUAL, false>(
-        shared, graph, in, tangent, spline, u,
+        shared, graph, AllEdges(), in, tangent, spline, u,
         [&](index_t) {
 #pragma unroll
             for (int k = 0; k < S::NZ; ++k) fill(sum[k], zero);
@@ -371,10 +388,11 @@ template <int COUNT, int BIT = 16, class T> MF_INLINE void sum_over_lanes(T* val
 }
 
 // Gradients of <g, z>, or with DUAL their tangents: dx of each edge (summed over senders by another kernel), dw, dy.
+// `dx` has rows from edge `first` on.
 // With a spline there is no dw; the gradient of the edge length follows those of y, as number NY of an edge.
 // Segments and blocks of channels write their shares of dy one after the other, [part][edge][OUT].
-template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W>
-MF_INLINE void conv_backward(const Graph& graph, const Operands<typename S::T>& in,
+template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W, class Range>
+MF_INLINE void conv_backward(const Graph& graph, const Range& range, int first, const Operands<typename S::T>& in,
                              const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline,
                              const typename S::T* g, index_t g_row, typename S::T* dx, typename S::T* dy,
                              typename S::T* dw, index_t edges, index_t part) {
@@ -393,7 +411,7 @@ MF_INLINE void conv_backward(const Graph& graph, const Operands<typename S::T>& 
     T* dy_part = dy + (part + blockIdx.y) * edges * S::OUT;
     C grad[S::NZ];
     walk<S, DUAL, SPLINE>(
-        shared, graph, in, tangent, spline, u,
+        shared, graph, range, in, tangent, spline, u,
         [&](index_t n) {
             const T* row = g + n * g_row + u;
             S::Z::each([&](auto slot) {
@@ -443,7 +461,7 @@ MF_INLINE void conv_backward(const Graph& graph, const Operands<typename S::T>& 
                 }
             });
             if (WANT_X) {
-                T* row = dx + e * S::X_ROW + u;
+                T* row = dx + (shared.edge[slot] - first) * index_t(S::X_ROW) + u;
                 S::X::each([&](auto block) {
                     typedef decltype(block) Block;
                     if (S::EXACT || u < Block::MUL) {

@@ -201,27 +201,29 @@ void conv_forward(const Graph& graph, const Operands<typename S::T>& in, const O
     });
 }
 
-// Gradients of <g, z>, or with DUAL their tangents: dx of each edge, dw, dy. With a spline there is no dw; the gradient
-// of the edge length follows those of y, as number NY of an edge.
+// Gradients of <g, z>, or with DUAL their tangents: dx of each edge, dw, dy, of the edges at positions from `first` up
+// to `last` in the sorted list; `dx` has rows from edge `first` on. With a spline there is no dw; the gradient of the edge
+// length follows those of y, as number NY of an edge.
 template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W>
 void conv_backward(const Graph& graph, const Operands<typename S::T>& in, const Operands<typename S::T>& tangent,
                    const Spline<typename S::T>& spline, const typename S::T* g, index_t g_row, typename S::T* dx, typename S::T* dy, typename S::T* dw,
-                   int threads) {
+                   index_t first, index_t last, int threads) {
     typedef typename S::T T;
     typedef typename VectorOf<T>::type V;
     typedef typename NumberOf<DUAL, V>::type N;
     each_receiver<S, DUAL>(graph, threads, [&](index_t n, Tile<S, DUAL>& tile) {
         const T* grad_row = g + n * g_row;
-        const index_t end = graph.begin(n + 1);
+        const index_t begin = graph.begin(n) > first ? graph.begin(n) : first;
+        const index_t end = graph.begin(n + 1) < last ? graph.begin(n + 1) : last;
         constexpr bool SPLINE = S::ORDER > 0;
         V y_sum[WANT_Y ? S::TILE : 1][S::OUT];
-        for (index_t position = graph.begin(n); position < end; position += S::TILE) {
+        for (index_t position = begin; position < end; position += S::TILE) {
             tile.couple(graph, in, tangent.y, spline, position, int(end - position < S::TILE ? end - position : S::TILE));
             for (int t = 0; t < tile.count; ++t) {
                 if (WANT_Y)
                     for (int j = 0; j < S::OUT; ++j) y_sum[t][j] = V{};
                 if (WANT_X)
-                    for (index_t i = 0; i < in.x_row; ++i) dx[tile.edge[t] * in.x_row + i] = T(0);
+                    for (index_t i = 0; i < in.x_row; ++i) dx[(tile.edge[t] - first) * in.x_row + i] = T(0);
             }
             S::Paths::each([&](auto path) {
                 typedef decltype(path) Path;
@@ -238,7 +240,7 @@ void conv_backward(const Graph& graph, const Operands<typename S::T>& in, const 
                         }
                         if (WANT_X) {
                             for (int i = 0; i < Path::DX; ++i) {
-                                T* target = dx + e * in.x_row + Path::X_OFFSET + i * Path::MUL + u;
+                                T* target = dx + (e - first) * in.x_row + Path::X_OFFSET + i * Path::MUL + u;
                                 lanes.store(target, lanes.load(target) + result_of(w * form_grad[i]));
                             }
                         }
