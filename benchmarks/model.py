@@ -4,8 +4,8 @@
     python -m benchmarks.model --models mp0-medium --sizes 64 1000 --backends e3nn mace_fast_inference
 
 Random weights, graph already on the device, parameters frozen, TF32 off. ``ms`` is the median wall time of one call,
-``peak_mib`` the memory above the loaded model, ``dE_rel``, ``dF_rel``, ``dS_rel`` the distance from mace-torch in the
-same dtype.
+``busy_ms`` the sum of the times of its GPU kernels, ``peak_mib`` the memory above the loaded model, ``dE_rel``,
+``dF_rel``, ``dS_rel`` the distance from mace-torch in the same dtype.
 
 Backends: e3nn (mace-torch itself), cueq, oeq (mace-torch's own converters), mace_fast (mace_fast.convert, trainable),
 mace_fast_inference (the frozen program, replayed as a CUDA graph on a GPU).
@@ -18,6 +18,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,8 +30,10 @@ os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # e3nn 0.4 under
 import torch
 from torch import Tensor
 
-from benchmarks.timing import device_name, peak_memory_mib
+from benchmarks.timing import device_name, kernel_times, peak_memory_mib
 from mace_fast import zoo
+from mace_fast.inference import CapturedMACE, FrozenMACE
+from mace_fast.patch.api import convert
 
 Call = Callable[[], dict[str, Any]]
 ROWS = (
@@ -44,22 +47,22 @@ ROWS = (
 BACKENDS = ("e3nn", "cueq", "oeq", "mace_fast", "mace_fast_inference")
 
 
+def frozen(model: torch.nn.Module) -> FrozenMACE:
+    """The frozen program of a model."""
+    return FrozenMACE(convert(model, verify=False))
+
+
 def prepare(
     backend: str, model: torch.nn.Module, device: torch.device
 ) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
     """A callable from MACE's input to its output with energy, forces and stress."""
     if backend == "mace_fast_inference":
-        from mace_fast.inference import CapturedMACE, FrozenMACE
-        from mace_fast.patch.api import convert
-
-        frozen = FrozenMACE(convert(model, verify=False))
+        program = frozen(model)
         if device.type == "cuda":
-            captured = CapturedMACE(frozen)
+            captured = CapturedMACE(program)
             return lambda data: captured(data, compute_stress=True)
-        return lambda data: frozen(data, compute_stress=True)
+        return lambda data: program(data, compute_stress=True)
     if backend == "mace_fast":
-        from mace_fast.patch.api import convert
-
         model = convert(model, verify=False)
     elif backend == "cueq":
         from mace.cli.convert_e3nn_cueq import run
@@ -168,6 +171,8 @@ def measure_row(
     if device.type == "cuda":
         row["reserved_mib"] = round(torch.cuda.memory_reserved(device) / 2**20, 1)
     row["ms"] = round(wall_ms(call, device, budget_s=budget_s), 4)
+    if device.type == "cuda":
+        row["busy_ms"] = round(sum(us for us, _ in kernel_times(call, warmup=1, repeats=3).values()) / 1e3, 4)
     return row
 
 
@@ -198,7 +203,8 @@ def main() -> None:
             rows += measure(name, kind, chosen, args.backends, getattr(torch, args.dtype), device, args.budget)
             if args.output:  # after each model: a run that is cut short keeps what it has
                 args.output.parent.mkdir(parents=True, exist_ok=True)
-                result = {"device": device_name(device), "torch": torch.__version__, "rows": rows}
+                command = " ".join(["python -m benchmarks.model", *sys.argv[1:]])
+                result = {"command": command, "device": device_name(device), "torch": torch.__version__, "rows": rows}
                 args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

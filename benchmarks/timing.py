@@ -5,9 +5,12 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 
 def device_name(device: torch.device) -> str:
@@ -65,6 +68,24 @@ def peak_memory_mib(call: Callable[[], object], device: torch.device) -> float |
     call()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def kernel_times(call: Callable[[], object], *, warmup: int = 5, repeats: int = 10) -> dict[str, tuple[float, float]]:
+    """For each kernel and copy of a call on a GPU: its time in us and how often it runs, both per call."""
+    for _ in range(warmup):
+        call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    times: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    for event in recorded.events():
+        if event.device_type == DeviceType.CUDA:
+            times[event.name] += event.device_time
+            counts[event.name] += 1
+    return {name: (us / repeats, counts[name] / repeats) for name, us in times.items()}
 
 
 def float32_peak(device: torch.device) -> float | None:
