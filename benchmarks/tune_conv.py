@@ -9,8 +9,10 @@ Each schedule's results are compared with those of the plainest one before it is
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -41,19 +43,22 @@ ROLES = {
 REGISTERS = (27, 40, 54, 80, 120)
 
 
-def schedules(d: ChannelwiseTensorProduct, item_bytes: int, variant: Variant) -> list[Schedule]:
+RINGS = (0, 3, 4, 6)
+
+
+def schedules(
+    d: ChannelwiseTensorProduct, item_bytes: int, variant: Variant, rings: Sequence[int] = RINGS
+) -> list[Schedule]:
     """Those that differ in the kernels they lead to, and may fit the registers."""
     found: dict[object, Schedule] = {}
-    for vector in (1, 2, 4):
-        for registers in REGISTERS:
-            for prefetch in (False, True):
-                schedule = Schedule(vector, registers, prefetch)
-                try:
-                    layout = plan(d, item_bytes, variant.role, schedule)
-                except ValueError:
-                    continue
-                if layout.most_registers <= 250:
-                    found.setdefault((vector, prefetch, layout.segments), schedule)
+    for vector, registers, prefetch, ring in itertools.product((1, 2, 4), REGISTERS, (False, True), rings):
+        schedule = Schedule(vector, registers, prefetch, ring)
+        try:
+            layout = plan(d, item_bytes, variant.role, schedule)
+        except ValueError:
+            continue
+        if layout.most_registers <= 250:
+            found.setdefault((vector, prefetch, ring, layout.segments), schedule)
     return list(found.values())
 
 
@@ -114,6 +119,7 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
     parser.add_argument("--roles", nargs="+", default=list(ROLES), choices=list(ROLES))
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
+    parser.add_argument("--rings", nargs="+", type=int, default=list(RINGS), help="lengths of rings; 0 is none")
     parser.add_argument("--graph", default="diamond", choices=list(GRAPHS))
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile at a time")
     parser.add_argument("--output", type=Path, default=None, help="write JSON rows here")
@@ -126,7 +132,8 @@ def main() -> None:
     for name in args.problems:
         for role in args.roles:
             d, variant = PROBLEMS[name].description(), ROLES[role]
-            jobs += [((d, dtype.itemsize, variant, s, arch), name, role) for s in schedules(d, dtype.itemsize, variant)]
+            mine = schedules(d, dtype.itemsize, variant, args.rings)
+            jobs += [((d, dtype.itemsize, variant, s, arch), name, role) for s in mine]
     with ProcessPoolExecutor(args.processes) as pool:
         resources = list(pool.map(compiled, [job for job, _, _ in jobs]))
     rows = []
@@ -153,6 +160,7 @@ def main() -> None:
                 "vector": schedule.vector,
                 "registers": schedule.registers,
                 "prefetch": schedule.prefetch,
+                "ring": schedule.ring,
                 "segments": len(layout.segments),
                 "together": layout.together,
                 "used_registers": registers,

@@ -11,6 +11,8 @@ from oracles import EPSILON, assert_close, channelwise_conv, mace_product, opera
 
 from mace_fast.errors import UnsupportedDescriptionError
 from mace_fast.kernels import ChannelwiseTensorProduct, Path, channelwise_tp, channelwise_tp_conv, edge_graph
+from mace_fast.kernels.ops import channelwise
+from mace_fast.kernels.plan.channelwise import Schedule
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float64]
@@ -75,6 +77,19 @@ def test_random_products(rng: np.random.Generator, device: str, dtype: torch.dty
 @pytest.mark.parametrize("mul", [1, 33, 64, 192, 257, 512])
 def test_channel_counts_on_gpu(seed: int, mul: int) -> None:
     check_all_orders(mace_product(1, mul), torch.float32, "cuda", nodes=7, edges=60)
+
+
+def use_schedule(patch: pytest.MonkeyPatch, schedule: Schedule) -> None:
+    """One schedule for all kernels, whatever the plan prefers."""
+    launch = channelwise._cuda_launch
+    patch.setattr(channelwise, "_cuda_launch", lambda *args: launch(*args[:4], schedule))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vector, ring", [(1, 3), (2, 4), (4, 3)])
+def test_operands_in_a_ring_on_gpu(seed: int, monkeypatch: pytest.MonkeyPatch, vector: int, ring: int) -> None:
+    use_schedule(monkeypatch, Schedule(vector, 80, prefetch=False, ring=ring))
+    check_all_orders(mace_product(1, 128), torch.float32, "cuda", nodes=9, edges=900)
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from oracles import mace_product
 
 from mace_fast.kernels import describe_plan
 from mace_fast.kernels.build import compile_cuda
+from mace_fast.kernels.plan.channelwise import Role, Schedule, plan
 from mace_fast.kernels.source.channelwise import Variant, cuda_source
 from mace_fast.kernels.source.harmonics import cuda_source as harmonics_source
 
@@ -39,6 +40,20 @@ def test_float64_compiles(variant: Variant) -> None:
     compiled = compile_cuda(cuda_source(mace_product(1, 128), 8, variant), "sm_90")
     for entry, resources in compiled.resources.items():
         assert resources.spill_stores <= ALLOWED_SPILL[8], f"{entry}: {resources}"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("variant", list(VARIANTS.values())[:4], ids=list(VARIANTS)[:4])
+def test_rings_compile_without_spills(arch: str, variant: Variant) -> None:
+    source = cuda_source(mace_product(1, 128), 4, variant, Schedule(1, 80, False, 3))
+    for entry, resources in compile_cuda(source, arch).resources.items():
+        assert resources.spill_stores <= ALLOWED_SPILL[4], f"{entry}: {resources}"
+
+
+def test_what_no_ring_is_for() -> None:
+    for description, ring in ((mace_product(1, 33), 3), (mace_product(1, 128), 2), (mace_product(1, 128), 40)):
+        with pytest.raises(ValueError, match="ring"):
+            plan(description, 4, Role(), Schedule(1, 80, False, ring))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

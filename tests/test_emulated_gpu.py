@@ -25,7 +25,6 @@ from simt import EmulatedModule, LaunchError, emulated_gpu
 from mace_fast.inference import FrozenMACE
 from mace_fast.kernels import channelwise_tp, channelwise_tp_conv
 from mace_fast.kernels.build import CudaSource
-from mace_fast.kernels.ops import channelwise
 from mace_fast.kernels.ops.graph import edge_graph
 from mace_fast.kernels.plan.channelwise import Schedule
 from mace_fast.patch.api import convert
@@ -192,7 +191,7 @@ def test_the_graph_stays_what_it_was(seed: int) -> None:
 def test_several_channels_a_thread(seed: int, gpu: None, vector: int, dtype: torch.dtype) -> None:
     """Every width of load that a plan may choose, in every role."""
     with pytest.MonkeyPatch.context() as patch:
-        use_schedule(patch, Schedule(vector, 80, prefetch=vector != 2))
+        test_channelwise.use_schedule(patch, Schedule(vector, 80, prefetch=vector != 2))
         test_channelwise.check_all_orders(mace_product(1, 32 * vector), dtype, "cpu", nodes=5, edges=40)
 
 
@@ -200,20 +199,38 @@ def test_several_channels_a_thread(seed: int, gpu: None, vector: int, dtype: tor
 def test_segments_side_by_side_and_one_after_the_other(seed: int, gpu: None, registers: int) -> None:
     d = mace_product(2, 32)
     with pytest.MonkeyPatch.context() as patch:
-        use_schedule(patch, Schedule(1, registers, prefetch=False))
+        test_channelwise.use_schedule(patch, Schedule(1, registers, prefetch=False))
         test_channelwise.check_all_orders(d, torch.float32, "cpu", nodes=5, edges=40)
 
 
-def use_schedule(patch: pytest.MonkeyPatch, schedule: Schedule) -> None:
-    launch = channelwise._cuda_launch
-    patch.setattr(channelwise, "_cuda_launch", lambda *args: launch(*args[:4], schedule))
+@pytest.mark.parametrize(
+    ("vector", "ring", "dtype"),
+    [(1, 3, torch.float32), (2, 4, torch.float32), (4, 3, torch.float32), (1, 5, torch.float64)],
+    ids=str,
+)
+def test_operands_in_a_ring(seed: int, gpu: None, vector: int, ring: int, dtype: torch.dtype) -> None:
+    """Weights and x by asynchronous copies, in every role, with more edges than a tile has, and an empty receiver."""
+    with pytest.MonkeyPatch.context() as patch:
+        test_channelwise.use_schedule(patch, Schedule(vector, 80, prefetch=False, ring=ring))
+        test_channelwise.check_all_orders(mace_product(1, 32 * vector), dtype, "cpu", nodes=5, edges=150)
 
 
-@pytest.mark.parametrize("mul", [20, 64])
+@pytest.mark.parametrize("registers", [9, 18])
+def test_segments_with_rings(seed: int, gpu: None, registers: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        test_channelwise.use_schedule(patch, Schedule(1, registers, prefetch=False, ring=4))
+        test_channelwise.check_all_orders(mace_product(2, 64), torch.float32, "cpu", nodes=5, edges=40)
+
+
+@pytest.mark.parametrize(("mul", "ring"), [(20, 0), (64, 0), (64, 3)])
 @pytest.mark.parametrize("degrees", [(300,), (0, 40, 0, 131, 7, 33, 32, 0, 97, 1), (64, 64, 64), (2, 500, 2)], ids=str)
-def test_receivers_with_very_many_edges(seed: int, gpu: None, mul: int, degrees: tuple[int, ...]) -> None:
+def test_receivers_with_very_many_edges(
+    seed: int, gpu: None, monkeypatch: pytest.MonkeyPatch, mul: int, ring: int, degrees: tuple[int, ...]
+) -> None:
     """Shared out to windows of 32: one or two receivers in a window, receivers that end where a window does."""
     d = mace_product(1, mul)
+    if ring:
+        test_channelwise.use_schedule(monkeypatch, Schedule(2, 80, prefetch=False, ring=ring))
     receiver = torch.repeat_interleave(torch.arange(len(degrees)), torch.tensor(degrees))
     receiver = receiver[torch.randperm(len(receiver))]
     sender = torch.randint(0, len(degrees), receiver.shape)

@@ -29,6 +29,14 @@ from mace_fast.kernels.ops import (
 )
 
 _HEADER = ("simt.h", (Path(__file__).parent / "simt.h").read_text())
+_ASYNC_COPY = """
+#pragma once
+namespace mf {
+inline void copy_async(void* shared, const void* global) { simt::start_copy(shared, global); }
+inline void close_copies() { simt::self().copies.push_back({}); }
+template <int N> inline void await_copies() { simt::await_copies(N); }
+}
+"""
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(16\) (\w[\w ]*?) memory\[\];")
 _SHARED_BYTES = 227 * 1024  # what a block can have on an H100
 _CODES = {int: "q", float: "d", Int32: "i", Float32: "f"}
@@ -48,7 +56,9 @@ class EmulatedModule:
     def __init__(self, source: CudaSource) -> None:
         self.source = source
         kinds = {kind for _, text in (*source.headers, ("", source.text)) for kind in _DYNAMIC.findall(text)}
-        headers = tuple((name, _extern(text)) for name, text in source.headers)
+        headers = tuple(
+            (name, _ASYNC_COPY if name == "async_copy.cuh" else _extern(text)) for name, text in source.headers
+        )
         memory = "nullptr, 0"
         definition = ""
         if kinds:

@@ -48,6 +48,11 @@ struct Index { unsigned x, y, z; };
 
 enum State { RUNNING, WAITING_WARP, WAITING_BLOCK, DONE };
 
+struct Copy {
+    void* to;
+    const void* from;
+};
+
 struct Thread {
     jmp_buf where;
     ucontext_t start;
@@ -56,6 +61,7 @@ struct Thread {
     int site;       // which barrier that is, in the order of its own calls
     Index index;
     char exchange[16];  // what it offers to the other lanes
+    std::vector<std::vector<Copy>> copies{1};  // started and not there yet, by group; the last group is open
 };
 
 constexpr size_t STACK = 256 * 1024;
@@ -104,6 +110,7 @@ inline const char* run_block() {
     for (int t = 0; t < count; ++t) {
         Thread& thread = machine.threads[t];
         thread.state = RUNNING;
+        thread.copies.assign(1, {});
         const unsigned x = machine.block_size.x, y = machine.block_size.y;
         thread.index = {t % x, t / x % y, t / (x * y)};
         getcontext(&thread.start);
@@ -175,6 +182,21 @@ template <class T> inline T exchange(unsigned mask, T value, int source) {
     }
     wait_for_warp(mask);
     return result;
+}
+
+// Copies arrive as late as they may: when their thread waits for them.
+inline void start_copy(void* to, const void* from) {
+    if (reinterpret_cast<size_t>(to) % 16 || reinterpret_cast<size_t>(from) % 16)
+        give_up("an asynchronous copy of 16 bytes is not aligned");
+    self().copies.back().push_back({to, from});
+}
+
+inline void await_copies(int left) {
+    auto& groups = self().copies;
+    while (int(groups.size()) - 1 > left) {
+        for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+        groups.erase(groups.begin());
+    }
 }
 
 template <class... A, size_t... I>

@@ -24,6 +24,9 @@ _BOOKKEEPING = 40
 SHARED_BYTES = 64 * 1024
 """Shared memory that one block may take, so that at least three blocks stay resident on sm_80 and later."""
 
+RING_BYTES = 112 * 1024
+"""Shared memory that a block with rings may take: two then fit a multiprocessor of sm_90."""
+
 _GROUPS = 4
 """Receivers that a block works on where one warp has all channels, unless shared memory makes their tiles too short."""
 
@@ -89,11 +92,15 @@ class Schedule:
             of y, the sum over channels for the gradient of y) is then done once for several, and loads are wider.
         registers: 32-bit registers of outputs a thread may hold; decides how many segments there are.
         prefetch: whether operands of the next edge are loaded while the current one is worked on.
+        ring: edges whose weights and x are in shared memory or on their way there, instead of in registers: 0 (none),
+            or 3 and more. For products whose channels fill all warps, with weights that lie side by side. No plan
+            prefers one until benchmarks/tune_conv.py has shown on a GPU where it wins.
     """
 
     vector: int = 1
     registers: int = OUTPUT_REGISTERS
     prefetch: bool = True
+    ring: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,16 @@ class ChannelwisePlan:
         forms = segment.tile * segment.stride * (2 if self.role.dual else 1)
         gradients = self.warps * segment.tile * (self.y_dim + self.role.spline) if want_y else 0
         places = segment.tile if self.role.spline else 0
-        return ((forms + gradients + places) * self.item_bytes + 3 * segment.tile * 4) * self.groups
+        rings = self.warps * self.ring_numbers(segment)
+        return ((rings + forms + gradients + places) * self.item_bytes + 3 * segment.tile * 4) * self.groups
+
+    def ring_numbers(self, segment: SegmentPlan) -> int:
+        """Numbers of a warp's ring, as the header's ``Ring`` lays it out."""
+        piece = 32 * self.schedule.vector
+        abreast = 32 * 16 // (piece * self.item_bytes)
+        weighted = sum(path.flat.weighted for path in segment.paths)
+        copies = -(-weighted // abreast) - (-segment.x_registers // abreast)
+        return self.schedule.ring * copies * abreast * piece * (2 if self.role.dual else 1)
 
     @property
     def most_registers(self) -> int:
@@ -162,6 +178,7 @@ class ChannelwisePlan:
             f"receiver(s) a block, {self.channel_blocks} channel block(s), "
             f"{'all lanes busy' if self.exact else 'some lanes idle'}, {len(self.segments)} segment(s)"
             + (f" {many}" if len(self.segments) > 1 else "")
+            + (f", a ring of {self.schedule.ring} edges in shared memory" if self.schedule.ring else "")
         ]
         for number, segment in enumerate(self.segments):
             forms = sum(len(of_path(p.flat).entries) for p in segment.paths)
@@ -252,7 +269,7 @@ def _plan(description: ChannelwiseTensorProduct, item_bytes: int, role: Role, sc
     limit = schedule.registers * 4 // (item_bytes * schedule.vector)
     split, together = _split(flat, limit)
     form_bytes = item_bytes * (2 if role.dual else 1)
-    for groups in (_GROUPS, 1) if warps == 1 else (1,):
+    for groups in (_GROUPS, 1) if warps == 1 and not schedule.ring else (1,):
         written: set[int] = set()
         segments = []
         for paths in split:
@@ -260,7 +277,7 @@ def _plan(description: ChannelwiseTensorProduct, item_bytes: int, role: Role, sc
             written.update(slot.offset for slot in segments[-1].x)
         if min(segment.tile for segment in segments) >= _SHORT_TILE:
             break
-    return ChannelwisePlan(
+    layout = ChannelwisePlan(
         schedule,
         role,
         warps,
@@ -272,6 +289,21 @@ def _plan(description: ChannelwiseTensorProduct, item_bytes: int, role: Role, sc
         together or not role.backward,
         description.y_dim,
     )
+    if schedule.ring:
+        _require_ring(layout)
+    return layout
+
+
+def _require_ring(layout: ChannelwisePlan) -> None:
+    ring, tile = layout.schedule.ring, min(segment.tile for segment in layout.segments)
+    side_by_side = all(path.flat.w_stride == 1 for segment in layout.segments for path in segment.paths)
+    if layout.role.spline or not layout.exact or not side_by_side or layout.schedule.prefetch:
+        raise ValueError(
+            "a ring is for weights that are read, of products whose channels fill all warps, without prefetch"
+        )
+    most = max(layout.shared_bytes(segment, want_y=layout.role.backward) for segment in layout.segments)
+    if not 3 <= ring <= tile or most > RING_BYTES:
+        raise ValueError(f"a ring of {ring} edges takes {most} bytes of shared memory, with tiles of {tile} edges")
 
 
 _Paths = list[tuple[int, FlatPath]]

@@ -58,7 +58,7 @@ def _terms(target: str, terms: list[str]) -> str:
     return f"{target} = {' + '.join(terms) if terms else '0'};"
 
 
-def _path_struct(path: PlannedPath, name: str) -> str:
+def _path_struct(path: PlannedPath, name: str, piece: int) -> str:
     """The constants and the straight-line code of one path."""
     flat, structure = path.flat, of_path(path.flat)
 
@@ -87,6 +87,7 @@ def _path_struct(path: PlannedPath, name: str) -> str:
         gradient.append("}")
     constants = {
         "INDEX": path.index,
+        "PIECE": piece,
         "WARP": path.warp,
         "MUL": flat.mul,
         "X": path.x,
@@ -146,7 +147,10 @@ def _segment_struct(
         names = [f"{kind}{i}" for i in range(len(slots))]
         parts += [_slot_struct(slot, name) for slot, name in zip(slots, names, strict=True)]
         lists[kind] = ", ".join(names)
-    parts += [_path_struct(path, f"Path{i}") for i, path in enumerate(segment.paths)]
+    weighted = 0
+    for i, path in enumerate(segment.paths):
+        parts.append(_path_struct(path, f"Path{i}", weighted))
+        weighted += path.flat.weighted
     lists["Paths"] = ", ".join(f"Path{i}" for i in range(len(segment.paths)))
     forms = sum(path.padded for path in segment.paths)
     constants = {
@@ -162,6 +166,8 @@ def _segment_struct(
         "ORDER": order,
         "OUT": description.y_dim + (1 if order else 0),
         "VEC": layout.schedule.vector,
+        "RING": layout.schedule.ring,
+        "PIECES": weighted,
         "X_ROW": description.x_dim,
     }
     parts += [
@@ -245,7 +251,7 @@ def cuda_source(
             *calls,
             "}",
         ]
-    headers = tuple((name, header(name)) for name in ("number.h", "spline.h", "channelwise_conv.cuh"))
+    headers = tuple((name, header(name)) for name in ("async_copy.cuh", "number.h", "spline.h", "channelwise_conv.cuh"))
     return CudaSource(variant.entry, "\n".join(text) + "\n", headers, entries, CUDA_OPTIONS)
 
 

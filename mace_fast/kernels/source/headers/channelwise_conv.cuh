@@ -15,6 +15,7 @@
 // `Segment` is generated: it lists the blocks of x and z, the paths with their straight-line code, and the sizes.
 // With DUAL the operands carry tangents and the results are the tangents of the results, nothing else.
 #pragma once
+#include "async_copy.cuh"
 #include "number.h"
 #include "spline.h"
 
@@ -86,6 +87,20 @@ MF_INLINE void store(float* at, Vec<float, 4> v) {
 }
 MF_INLINE void store(double* at, Vec<double, 2> v) { *reinterpret_cast<double2*>(at) = make_double2(v.v[0], v.v[1]); }
 
+template <class T> MF_INLINE T shared_load(const T* at, T) { return *at; }
+MF_INLINE Vec<float, 2> shared_load(const float* at, Vec<float, 2>) {
+    const float2 p = *reinterpret_cast<const float2*>(at);
+    return {p.x, p.y};
+}
+MF_INLINE Vec<float, 4> shared_load(const float* at, Vec<float, 4>) {
+    const float4 p = *reinterpret_cast<const float4*>(at);
+    return {p.x, p.y, p.z, p.w};
+}
+MF_INLINE Vec<double, 2> shared_load(const double* at, Vec<double, 2>) {
+    const double2 p = *reinterpret_cast<const double2*>(at);
+    return {p.x, p.y};
+}
+
 template <class T> MF_INLINE void fill(T& v, T value) { v = value; }
 template <class T, int C> MF_INLINE void fill(Vec<T, C>& v, T value) {
 #pragma unroll
@@ -106,19 +121,99 @@ template <class V> struct Make<Dual<V>> {
 template <class T> MF_INLINE T result_of(T v) { return v; }
 template <class T> MF_INLINE T result_of(Dual<T> v) { return v.d; }
 
+// Operands of the next edges on their way through shared memory: RING edges deep, each warp's own channels in its own
+// ring, so that no barrier but the warp's is needed. Holds, for each edge, the weights of the segment's paths and then the
+// components of x, 32 * VEC channels of each (a piece); with DUAL the same of the tangents follows.
+template <class S, bool DUAL> struct Ring {
+    typedef typename S::T T;
+    static constexpr int PACK = 16 / int(sizeof(T));   // numbers of a copy
+    static constexpr int PIECE = 32 * S::VEC;          // numbers of a piece
+    static constexpr int LANES = PIECE / PACK;         // that copy a piece
+    static constexpr int ABREAST = 32 / LANES;         // pieces that a warp copies at a time
+    static constexpr int W_COPIES = (S::PIECES + ABREAST - 1) / ABREAST;
+    static constexpr int X_COPIES = (S::NX + ABREAST - 1) / ABREAST;
+    static constexpr int STAGE = (W_COPIES + X_COPIES) * ABREAST * PIECE;  // numbers of an edge, without tangents
+    static constexpr int NUMBERS = S::RING * STAGE * (DUAL ? 2 : 1);
+
+    T* memory;
+    int w_offset[W_COPIES], x_offset[X_COPIES];  // of this lane's numbers in a row; negative: nothing to copy
+    int slot;                                    // of the edge that is worked on next
+
+    MF_INLINE Ring(T* rings, int first_channel) {
+        const int lane = threadIdx.x & 31, mine = lane / LANES, channel = first_channel + lane % LANES * PACK;
+        memory = rings + (threadIdx.x >> 5) * NUMBERS;
+#pragma unroll
+        for (int c = 0; c < W_COPIES; ++c) {
+            w_offset[c] = -1;
+            S::Paths::each([&](auto path) {
+                typedef decltype(path) Path;
+                if (Path::WEIGHTED && Path::PIECE == c * ABREAST + mine) w_offset[c] = Path::W + channel;
+            });
+        }
+#pragma unroll
+        for (int c = 0; c < X_COPIES; ++c) {
+            x_offset[c] = -1;
+            S::X::each([&](auto block) {
+                typedef decltype(block) Block;
+#pragma unroll
+                for (int i = 0; i < Block::DIM; ++i)
+                    if (Block::BASE + i == c * ABREAST + mine) x_offset[c] = Block::OFFSET + i * Block::MUL + channel;
+            });
+        }
+    }
+
+    // Starts the copies of an edge into a slot; of none where the edge is negative.
+    MF_INLINE void fetch(const Operands<T>& in, const Operands<T>& tangent, int edge, int sender, int into) {
+        if (edge >= 0) {
+            copy_rows(in, edge, sender, memory + into * STAGE);
+            if (DUAL) copy_rows(tangent, edge, sender, memory + (S::RING + into) * STAGE);
+        }
+        close_copies();
+    }
+
+    MF_INLINE void copy_rows(const Operands<T>& from, int edge, int sender, T* to) {
+        const int lane = threadIdx.x & 31;
+        const T* w = from.w + edge * from.w_row;
+        const T* x = from.x + sender * index_t(S::X_ROW);
+        if (from.w) {
+#pragma unroll
+            for (int c = 0; c < W_COPIES; ++c)
+                if (w_offset[c] >= 0) copy_async(to + (c * 32 + lane) * PACK, w + w_offset[c]);
+        }
+        if (from.x) {
+#pragma unroll
+            for (int c = 0; c < X_COPIES; ++c)
+                if (x_offset[c] >= 0) copy_async(to + ((W_COPIES + c) * 32 + lane) * PACK, x + x_offset[c]);
+        }
+    }
+
+    // A piece of the edge that is worked on, or its tangent: this thread's channels.
+    MF_INLINE typename ChannelsOf<T, S::VEC>::type piece(int number, bool of_tangent) const {
+        const T* stage = memory + ((of_tangent ? S::RING : 0) + slot) * STAGE;
+        return shared_load(stage + number * PIECE + (threadIdx.x & 31) * S::VEC,
+                           typename ChannelsOf<T, S::VEC>::type());
+    }
+    MF_INLINE static constexpr int x_piece(int component) { return W_COPIES * ABREAST + component; }
+
+    MF_INLINE int last_slot() const { return slot == 0 ? S::RING - 1 : slot - 1; }
+    MF_INLINE void advance() { slot = slot + 1 == S::RING ? 0 : slot + 1; }
+};
+
 // What one group of warps shares.
 template <class S, bool DUAL> struct Shared {
     typedef typename S::T T;
     static constexpr int FORMS = S::TILE * S::STRIDE;
     static constexpr int DY = S::WARPS * S::TILE * S::OUT;
     static constexpr int PLACES = S::ORDER ? S::TILE : 0;
-    T *forms, *dforms, *dy, *place;
+    static constexpr int RINGS = S::WARPS * Ring<S, DUAL>::NUMBERS;
+    T *rings, *forms, *dforms, *dy, *place;
     int *edge, *sender, *interval;
     MF_INLINE static constexpr int bytes(bool backward) {
-        return (FORMS * (DUAL ? 2 : 1) + (backward ? DY : 0) + PLACES) * int(sizeof(T)) + 3 * S::TILE * 4;
+        return (RINGS + FORMS * (DUAL ? 2 : 1) + (backward ? DY : 0) + PLACES) * int(sizeof(T)) + 3 * S::TILE * 4;
     }
     MF_INLINE Shared(char* memory, bool backward) {
-        forms = reinterpret_cast<T*>(memory);
+        rings = reinterpret_cast<T*>(memory);
+        forms = rings + RINGS;
         dforms = forms + FORMS;
         dy = forms + FORMS * (DUAL ? 2 : 1);
         place = dy + (backward ? DY : 0);
@@ -203,6 +298,29 @@ template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
     N x[S::NX], w[S::NW];
     C slope[SLOPE ? S::NW : 1];
 
+    MF_INLINE void load_from(const Ring<S, DUAL>& ring, bool x_tangent, bool w_tangent) {
+        S::X::each([&](auto block) {
+            typedef decltype(block) Block;
+#pragma unroll
+            for (int i = 0; i < Block::DIM; ++i) {
+                const int piece = ring.x_piece(Block::BASE + i);
+                x[Block::BASE + i] =
+                    Make<N>::of(ring.piece(piece, false), DUAL && x_tangent ? ring.piece(piece, true) : C());
+            }
+        });
+        S::Paths::each([&](auto path) {
+            typedef decltype(path) Path;
+            if constexpr (Path::WEIGHTED) {
+                w[Path::INDEX] = Make<N>::of(ring.piece(Path::PIECE, false),
+                                             DUAL && w_tangent ? ring.piece(Path::PIECE, true) : C());
+            } else {
+                C one;
+                fill(one, T(1));
+                w[Path::INDEX] = Make<N>::of(one, C());
+            }
+        });
+    }
+
     MF_INLINE static C read(const T* at, bool active) { return active ? load(at, C()) : C(); }
 
     MF_INLINE void load_all(const Operands<T>& in, const Operands<T>& tangent, const Spline<T>& spline,
@@ -248,6 +366,26 @@ template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
     }
 };
 
+// An edge and its sender for each lane; a negative edge: there is none.
+struct Ids {
+    int edge, sender;
+    MF_INLINE int edge_of(int lane) const { return __shfl_sync(0xffffffffu, edge, lane); }
+    MF_INLINE int sender_of(int lane) const { return __shfl_sync(0xffffffffu, sender, lane); }
+};
+
+// Of the tile that begins at a position.
+template <class S> MF_INLINE Ids read_ids(const Graph& graph, index_t position, index_t end) {
+    const int lane = threadIdx.x & 31;
+    if (lane >= S::TILE || position + lane >= end) return {-1, 0};
+    const index_t e = graph.edge(position + lane);
+    return {int(e), int(graph.sender_of(e))};
+}
+
+template <class S, bool DUAL> MF_INLINE auto make_ring(const Shared<S, DUAL>& shared, int u) {
+    if constexpr (S::RING > 0) return Ring<S, DUAL>(shared.rings, u - (threadIdx.x & 31) * S::VEC);
+    else return 0;
+}
+
 // Which positions in the sorted list of edges are worked on: all, or a stretch of them. `opened`: where the edges of
 // receiver n begin, if those before are done.
 struct AllEdges {
@@ -292,6 +430,9 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ran
     end = range.upto(end);
     index_t tile_begin = position, tile_end = position;
     EdgeOperands<S, DUAL, SLOPE> current, next;
+    Ids ids, next_ids;  // of the tile's edges and of the next tile's, one edge a lane
+    bool flowing = false;
+    auto ring = make_ring<S, DUAL>(shared, u);
     for (index_t n = first; n < last; ++n) {
         const index_t row_end = window < 0 ? range.upto(graph.begin(n + 1)) : end;
         const index_t row_begin = window < 0 ? range.opened(graph, n, position) : position;
@@ -302,13 +443,40 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ran
                 if (tile_end > tile_begin) flush(int(tile_end - tile_begin));
                 tile_begin = position;
                 tile_end = position + S::TILE < end ? position + S::TILE : end;
+                if constexpr (S::RING > 0) {
+                    if (flowing) {
+                        ids = next_ids;
+                    } else {
+                        ids = read_ids<S>(graph, position, end);
+                        await_copies<0>();
+                        __syncwarp();
+                        ring.slot = 0;
+#pragma unroll
+                        for (int ahead = 0; ahead < S::RING - 1; ++ahead)
+                            ring.fetch(in, tangent, ids.edge_of(ahead), ids.sender_of(ahead), ahead);
+                        flowing = true;
+                    }
+                    next_ids = read_ids<S>(graph, tile_end, end);
+                }
                 couple_tile<S, DUAL>(shared, graph, in, tangent.y, spline, position, int(tile_end - tile_begin));
                 if (S::PREFETCH) current.load_all(in, tangent, spline, shared, 0, u);
             }
             const index_t tile_stop = stop < tile_end ? stop : tile_end;
             for (; position < tile_stop; ++position) {
                 const int slot = int(position - tile_begin);
-                if (!S::PREFETCH) current.load_all(in, tangent, spline, shared, slot, u);
+                if constexpr (S::RING > 0) {
+                    await_copies<S::RING - 2>();
+                    __syncwarp();  // all lanes' copies are there, and all lanes are done with the slot before this one
+                    const int ahead = slot + S::RING - 1;
+                    const bool here = ahead < S::TILE;
+                    const int lane = here ? ahead : ahead - S::TILE;
+                    ring.fetch(in, tangent, here ? ids.edge_of(lane) : next_ids.edge_of(lane),
+                               here ? ids.sender_of(lane) : next_ids.sender_of(lane), ring.last_slot());
+                    current.load_from(ring, DUAL && tangent.x, DUAL && tangent.w);
+                    ring.advance();
+                } else if (!S::PREFETCH) {
+                    current.load_all(in, tangent, spline, shared, slot, u);
+                }
                 if (S::PREFETCH && position + 1 < tile_end) next.load_all(in, tangent, spline, shared, slot + 1, u);
                 edge(slot, current);
                 if (S::PREFETCH) current = next;
@@ -318,6 +486,7 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ran
         if (position < row_end) {  // the rest is left to windows
             if (position > tile_begin) flush(int(position - tile_begin));
             position = tile_begin = tile_end = row_end;
+            flowing = false;
         }
     }
     if (position > tile_begin) flush(int(position - tile_begin));
