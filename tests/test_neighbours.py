@@ -13,7 +13,7 @@ from ase.geometry import complete_cell
 from step_cases import as_structures, build, crystal
 
 from mace_fast.errors import MissingToolError
-from mace_fast.inference.neighbours import CUDA_METHODS, Neighbours, NeighbourSearch
+from mace_fast.inference.neighbours import CUDA_METHODS, Neighbours, NeighbourSearch, _in_order
 
 CUTOFF = 4.5
 PBC = list(itertools.product([False, True], repeat=3))
@@ -146,3 +146,17 @@ def test_a_method_is_chosen_and_works_on_any_stream(rng: np.random.Generator) ->
             rows = as_set(found)
         assert rows == as_set(NeighbourSearch("cpu")(positions, cell, np.ones(3, bool), CUTOFF))
     assert search.method in CUDA_METHODS
+
+
+def test_order_of_a_list_does_not_depend_on_who_found_a_pair_first(rng: np.random.Generator) -> None:
+    """Images of an atom on both sides of it, and shifts of atoms that have walked far."""
+    cell = np.diag([2.5, 3.0, 9.0])
+    positions = rng.uniform(-1, 1, (4, 3)) + rng.integers(-4000, 4000, (4, 3)) @ cell
+    found = NeighbourSearch(torch.device("cpu"))(positions, cell, np.array([True] * 3), CUTOFF)
+    first = _in_order(found)
+    assert as_set(first) == as_set(found)
+    for _ in range(3):
+        shuffle = torch.from_numpy(rng.permutation(found.edge_index.shape[1]))
+        again = _in_order(Neighbours(found.edge_index[:, shuffle], found.shifts[shuffle]))
+        assert torch.equal(again.edge_index, first.edge_index) and torch.equal(again.shifts, first.shifts)
+    assert torch.equal(first.edge_index[1], first.edge_index[1].sort().values)

@@ -140,9 +140,9 @@ class NeighbourSearch:
             )
         box = _periodic_box(cell, pbc)
         if method == "nvalchemi":
-            return _nvalchemi(positions, box, pbc, cutoff, self.device)
+            return _in_order(_nvalchemi(positions, box, pbc, cutoff, self.device))
         if method == "vesin-cuda":
-            return self._vesin_cuda(positions, box, pbc, cutoff)
+            return _in_order(self._vesin_cuda(positions, box, pbc, cutoff))
         return Neighbours(*(t.to(self.device) for t in self._vesin_cpu(positions, box, pbc, cutoff)))
 
     def _vesin(self, cutoff: float, where: str) -> vesin.NeighborList:
@@ -205,6 +205,19 @@ def upload(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
+def _in_order(found: Neighbours) -> Neighbours:
+    """The pairs by receiver, sender and image.
+
+    A search on a GPU lists them in the order in which its threads came to them; what is computed from the list is then
+    not the same to the last bit, least of all where an atom sees images of one atom at the same distance on both sides.
+    """
+    image = found.shifts.to(torch.int64) & _IMAGE_MASK
+    key = (found.edge_index[0] << 3 * _IMAGE_BITS) | (image[:, 0] << 2 * _IMAGE_BITS)
+    order = torch.argsort(key | (image[:, 1] << _IMAGE_BITS) | image[:, 2], stable=True)
+    order = order[torch.argsort(found.edge_index[1][order], stable=True)]
+    return Neighbours(found.edge_index[:, order], found.shifts[order])
+
+
 def _periodic_box(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
     """Vectors of directions that are not periodic are replaced: they may be anything, zero too."""
     return np.ascontiguousarray(complete_cell(np.where(np.asarray(pbc)[:, None], cell, 0.0)))
@@ -255,6 +268,10 @@ def _nvalchemi(
 
 _SMALL = 1000
 """Atoms of each structure of a batch up to which the CPU finds its pairs."""
+
+_IMAGE_BITS = 14
+_IMAGE_MASK = (1 << _IMAGE_BITS) - 1
+"""Images of one atom inside a cutoff differ in the last 14 bits of a shift; 2^21 atoms have room beside them."""
 
 _NVALCHEMI_ROOM = 256
 """Neighbours of an atom that its matrix has room for at first; more of them take a second search."""
