@@ -34,7 +34,7 @@ from mace_fast.inference.verlet import Structures, Verlet
 logger = logging.getLogger(__name__)
 
 DEFAULT_SKIN = 0.5
-"""A. See the README for what was measured."""
+"""A. Lists serve until an atom has moved half of it: some dozens of steps of a solid at room temperature."""
 
 _MANY_SPECIES = 6
 """Where each pair of species has tables, those of up to so many species stay when others come; more take too long."""
