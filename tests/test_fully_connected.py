@@ -10,13 +10,12 @@ import pytest
 import torch
 from e3nn import o3
 from oracles import assert_close
-from simt import emulated_gpu, load_emulated
+from simt import emulated_gpu
 
 from mace_fast.errors import UnsupportedDescriptionError
 from mace_fast.kernels import FullyConnectedTensorProduct, Path, edge_graph, fully_connected_tp, fully_connected_tp_conv
 from mace_fast.kernels.build import compile_cuda
 from mace_fast.kernels.cg import clebsch_gordan
-from mace_fast.kernels.ops import fully_connected
 from mace_fast.kernels.ops.fully_connected import describe_fully_connected_plan
 from mace_fast.kernels.plan import fully_connected as planning
 from mace_fast.kernels.source.fully_connected import Variant, cuda_source
@@ -40,12 +39,8 @@ WANTS = [(True, True, True), (True, False, False), (False, True, False), (False,
 @pytest.fixture
 def gpu() -> Iterator[None]:
     """CPU tensors go to CUDA kernels."""
-    with emulated_gpu(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fully_connected, "load_cuda", load_emulated)
-        patch.setattr(fully_connected, "on_gpu", lambda tensor: True)
-        fully_connected._cuda_module.cache_clear()
+    with emulated_gpu():
         yield
-    fully_connected._cuda_module.cache_clear()
 
 
 def blocks(irreps: o3.Irreps) -> tuple[tuple[int, int], ...]:

@@ -120,12 +120,6 @@ def test_fully_connected_network_computes_the_same(weights: str, rng: np.random.
         assert float((a - b).abs().max()) <= 1e-13 * float(a.abs().max())
 
 
-def test_mixed_modes_stay_with_e3nn() -> None:
-    paths = [(0, 0, 0, "uvu", True), (0, 0, 0, "uvw", True)]
-    (found,) = match(o3.TensorProduct("4x1o", "1o", "4x0e", paths))
-    assert found.status == "keep" and "mixes paths of modes uvu, uvw" in found.reason
-
-
 def test_verification_of_a_generic_module(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Network(_product("external")).float()
     report = verify(model, convert(model, verify=False))
@@ -192,31 +186,40 @@ def test_state_of_a_tensor_product(rng: np.random.Generator) -> None:
     assert calls == [1]
 
 
-def test_other_modes_stay_with_e3nn() -> None:
-    model = torch.nn.ModuleList(
-        [
-            o3.FullyConnectedTensorProduct("3x0e+2x1o", "1o", "2x1o"),
-            o3.TensorProduct("4x1o", "1o", "4x0e", [(0, 0, 0, "uvu", True)]),
-            o3.TensorProduct("4x1o", "4x1o", "4x0e", [(0, 0, 0, "uuu", True)]),
-            nn.Gate("4x0e", [torch.relu], "2x0e", [torch.sigmoid], "2x1o"),
-        ]
-    )
-    statuses = {m.name: (m.status, m.reason) for m in match(model)}
-    assert statuses["1"][0] == "replace"
-    assert statuses["0"][0] == statuses["2"][0] == statuses["3"][0] == "keep"
-    assert "uuu" in statuses["2"][1]
+def test_what_stays_with_e3nn() -> None:
+    pairs = "gives a copy for each pair of copies"
+    kept = {
+        "uvuv": (o3.FullTensorProduct("2x0e", "3x1o"), pairs),
+        "u<vw": (o3.TensorProduct("4x1o", "4x1o", "2x0e", [(0, 0, 0, "u<vw", True)]), "pairs of copies of one operand"),
+        "uuw": (o3.TensorProduct("4x1o", "4x1o", "2x0e", [(0, 0, 0, "uuw", True)]), "mixes what equal copies give"),
+        "beside": (
+            o3.TensorProduct("2x1o", "2x1o", "4x0e+2x0e", [(0, 0, 0, "uvuv", True), (0, 0, 1, "uvu", True)]),
+            pairs,
+        ),
+        "no copies of the result": (
+            o3.TensorProduct("2x1o", "1o", "0x0e+2x0e", [(0, 0, 0, "uvu", False), (0, 0, 1, "uvu", True)]),
+            "path 0 of its tensor product has copies of its operands but none of its result",
+        ),
+        "no path": (o3.TensorProduct("2x1o", "2x1o", "2x1o", []), "no path"),
+        "shared": (o3.FullyConnectedTensorProduct("3x0e+2x1o", "1o", "2x1o"), "one set of weights for all samples"),
+        "square": (o3.TensorSquare("3x1o"), "no kernel of its own"),
+        "gate": (nn.Gate("4x0e", [torch.relu], "2x0e", [torch.sigmoid], "2x1o"), "no kernel of its own"),
+    }
+    model = torch.nn.ModuleDict({name: module for name, (module, _) in kept.items()})
+    model["served"] = o3.TensorProduct("4x1o", "1o", "4x0e", [(0, 0, 0, "uvu", True)])
+    found = {m.name: m for m in match(model)}
+    assert found["served"].status == "replace"
+    for name, (_, reason) in kept.items():
+        assert found[name].status == "keep" and reason in found[name].reason, found[name]
     fast = convert(model)
-    assert [type(m).__name__ for m in fast][:3] == [
-        "FullyConnectedTensorProduct",
-        "FastTensorProduct",
-        "TensorProduct",
-    ]
+    changed = [name for name, module in fast.items() if type(module) is not type(model[name])]
+    assert changed == ["served"]
 
 
 def test_blocks_without_channels(rng: np.random.Generator) -> None:
     product = o3.TensorProduct(
-        "0x0e + 2x1o", "1x1o + 0x2e", "2x0e + 0x1e + 2x1e",
-        [(1, 0, 0, "uvu", True), (1, 0, 2, "uvu", True)],
+        "0x0e + 2x1o", "1x1o + 0x2o", "2x0e + 0x1e + 2x1e",
+        [(1, 0, 0, "uvu", True), (1, 0, 2, "uvu", True), (1, 1, 2, "uvu", True)],
     )  # fmt: skip
     x, y = torch.tensor(rng.normal(size=(3, 6))), torch.tensor(rng.normal(size=(3, 3)))
     assert torch.allclose(convert(product)(x, y), product(x, y), atol=1e-13)

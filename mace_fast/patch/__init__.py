@@ -7,7 +7,8 @@ How matching works
     tables are read from the module, never from a configuration. Each of MACE's blocks is either understood as
     a whole, down to its last part, or refused with the name of the part that is not; a model with a refused
     block is not converted. What lies outside of the blocks (embeddings, readouts, scaling) stays with
-    mace-torch and e3nn. A plain ``o3.TensorProduct`` with 'uvu' or 'uvw' paths is replaced wherever else it is found.
+    mace-torch and e3nn. A plain ``o3.TensorProduct`` of modes 'uvu', 'uvv', 'uuu' and 'uvw', mixed too, is
+    replaced wherever else it is found.
 
 What a fast module is
     A module with the forward signature, the layout at its boundary, and the state of the one it stands in

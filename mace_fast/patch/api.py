@@ -32,7 +32,7 @@ def convert(
     the original's, copied. A model that has been converted or patched before gives a converted copy.
 
     Args:
-        model: a MACE model, or any module that holds e3nn tensor products of mode 'uvu' or 'uvw'.
+        model: a MACE model, or any module that holds e3nn tensor products of modes 'uvu', 'uvv', 'uuu', 'uvw'.
         verify: compare the copy with the original before returning it. Turn it off only for a model that is
             known.
         dtype: of the copy, ``torch.float32`` or ``torch.float64`` (or "float32", "float64"); the original's

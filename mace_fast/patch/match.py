@@ -20,7 +20,7 @@ from mace_fast.patch.blocks.interaction import (
 )
 from mace_fast.patch.blocks.product import FastEquivariantProductBasis
 from mace_fast.patch.blocks.tensor_product import FastTensorProduct
-from mace_fast.patch.understand import TENSOR_PRODUCT, ancestor_names, class_name, foreign_accelerator
+from mace_fast.patch.understand import TENSOR_PRODUCTS, ancestor_names, class_name, foreign_accelerator
 
 Status = Literal["replace", "keep", "refuse"]
 
@@ -98,7 +98,7 @@ def _visit(name: str, module: torch.nn.Module, seen: set[int], kept: bool) -> It
     if found in MACE_BLOCKS:
         yield _plan(name, module, MACE_BLOCKS[found])
         return
-    if found == TENSOR_PRODUCT:
+    if found in TENSOR_PRODUCTS:
         yield _plan_or_keep(name, module)
         return
     package = found.partition(".")[0]

@@ -17,12 +17,18 @@ import torch
 from mace_fast.errors import UnsupportedDescriptionError, UnsupportedModuleError
 from mace_fast.kernels.cg import clebsch_gordan
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, Path
-from mace_fast.kernels.description.fully_connected import FullyConnectedTensorProduct
 from mace_fast.kernels.description.linear import Linear, describe_indexed_linear, describe_linear
 
 LINEAR = "e3nn.o3._linear.Linear"
 TENSOR_PRODUCT = "e3nn.o3._tensor_product._tensor_product.TensorProduct"
 FULLY_CONNECTED = "e3nn.o3._tensor_product._sub.FullyConnectedTensorProduct"
+TENSOR_PRODUCTS = (
+    TENSOR_PRODUCT,
+    FULLY_CONNECTED,
+    "e3nn.o3._tensor_product._sub.ElementwiseTensorProduct",
+    "e3nn.o3._tensor_product._sub.FullTensorProduct",
+)
+"""The class and those that only choose its paths; o3.TensorSquare has another forward."""
 
 _CALL_HOOKS = {
     "_forward_pre_hooks": "a forward pre-hook",
@@ -54,7 +60,7 @@ def require_class(name: str, module: object, expected: str) -> None:
     Raises:
         UnsupportedModuleError: it is not.
     """
-    _require_name(name, module, expected)
+    require_name(name, module, expected)
     require_unhooked(name, module)
 
 
@@ -108,7 +114,7 @@ def read_linear(parent: torch.nn.Module, name: str, **layouts: Any) -> Linear:
     require_class(name, module, LINEAR)
     if not module.internal_weights:
         raise UnsupportedModuleError(f"its {name} takes its weights from outside")
-    description: Linear = _described(name, describe_linear, module, **layouts)
+    description: Linear = described(name, describe_linear, module, **layouts)
     if description.biases:
         raise UnsupportedModuleError(f"its {name} has biases, which no block of mace-torch has")
     return description
@@ -127,7 +133,7 @@ def read_indexed_linear(parent: torch.nn.Module, name: str, **layouts: Any) -> t
     require_class(name, module, FULLY_CONNECTED)
     if not module.internal_weights:
         raise UnsupportedModuleError(f"its {name} takes its weights from outside")
-    return _described(name, describe_indexed_linear, module, **layouts)
+    return described(name, describe_indexed_linear, module, **layouts)
 
 
 def read_channelwise(name: str, module: Any) -> ChannelwiseTensorProduct:
@@ -137,37 +143,14 @@ def read_channelwise(name: str, module: Any) -> ChannelwiseTensorProduct:
         UnsupportedModuleError: another class, other paths, or coupling constants in another convention than
             e3nn 0.4's.
     """
-    description: ChannelwiseTensorProduct = _read_product(name, module, {"uvu": ChannelwiseTensorProduct})
-    return description
-
-
-def read_tensor_product(name: str, module: Any) -> ChannelwiseTensorProduct | FullyConnectedTensorProduct:
-    """The description of an ``o3.TensorProduct`` whose paths are all 'uvu', or all 'uvw'.
-
-    Raises:
-        UnsupportedModuleError: as :func:`read_channelwise`; also where both modes are mixed.
-    """
-    kinds = {"uvu": ChannelwiseTensorProduct, "uvw": FullyConnectedTensorProduct}
-    description: ChannelwiseTensorProduct | FullyConnectedTensorProduct = _read_product(name, module, kinds)
-    return description
-
-
-def _read_product(name: str, module: Any, kinds: dict[str, Any]) -> Any:
-    _require_name(name, module, TENSOR_PRODUCT)
-    found = {ins.connection_mode for ins in module.instructions}
-    modes = sorted(found - set(kinds))
+    require_name(name, module, TENSOR_PRODUCT)
+    modes = sorted({ins.connection_mode for ins in module.instructions} - {"uvu"})
     if modes:
-        served = "only uvu has a kernel" if len(kinds) == 1 else f"only {' and '.join(kinds)} have kernels"
-        raise UnsupportedModuleError(f"its {name} has paths of mode {', '.join(modes)}; {served}")
-    if len(found) > 1:
-        raise UnsupportedModuleError(
-            f"its {name} mixes paths of modes {', '.join(sorted(found))}; a kernel has one mode"
-        )
-    _require_known_couplings(name, module)
-    # e3nn gives blocks of multiplicity 0 numbers but no storage.
-    x, x_index = _kept_blocks(module.irreps_in1)
-    y, y_index = _kept_blocks(module.irreps_in2)
-    z, z_index = _kept_blocks(module.irreps_out)
+        raise UnsupportedModuleError(f"its {name} has paths of mode {', '.join(modes)}; only uvu has a kernel")
+    require_known_couplings(name, module)
+    x, x_index = kept_blocks(module.irreps_in1)
+    y, y_index = kept_blocks(module.irreps_in2)
+    z, z_index = kept_blocks(module.irreps_out)
     paths = tuple(
         Path(
             x_index[ins.i_in1],
@@ -179,8 +162,7 @@ def _read_product(name: str, module: Any, kinds: dict[str, Any]) -> Any:
         for ins in module.instructions
         if 0 not in ins.path_shape
     )
-    kind = kinds[found.pop()] if found else next(iter(kinds.values()))
-    description = _described(name, kind, x, y, z, paths)
+    description: ChannelwiseTensorProduct = described(name, ChannelwiseTensorProduct, x, y, z, paths)
     if description.weight_numel != module.weight_numel:
         raise UnsupportedModuleError(
             f"its {name} has {module.weight_numel} weights, but its instructions imply {description.weight_numel}"
@@ -198,7 +180,12 @@ def coupling_buffers(module: torch.nn.Module) -> dict[str, tuple[int, int, int]]
     return found
 
 
-def _require_known_couplings(name: str, module: torch.nn.Module) -> None:
+def require_known_couplings(name: str, module: torch.nn.Module) -> None:
+    """The Clebsch-Gordan tables below ``module`` are those of this package.
+
+    Raises:
+        UnsupportedModuleError: they are another version's.
+    """
     for buffer_name, degrees in coupling_buffers(module).items():
         live = module.get_buffer(buffer_name).detach().cpu().double().numpy()
         if np.abs(live - clebsch_gordan(*degrees)).max() > _COUPLING_TOLERANCE:
@@ -208,23 +195,30 @@ def _require_known_couplings(name: str, module: torch.nn.Module) -> None:
             )
 
 
-def _kept_blocks(irreps: Any) -> tuple[tuple[tuple[int, int], ...], dict[int, int]]:
+def kept_blocks(irreps: Any) -> tuple[tuple[tuple[int, int], ...], dict[int, int]]:
+    """Blocks (multiplicity, degree) with copies, and their places by e3nn's number, which counts those without too."""
     kept = [number for number, (mul, _) in enumerate(irreps) if mul > 0]
     blocks = tuple((irreps[number].mul, irreps[number].ir.l) for number in kept)
     return blocks, {number: position for position, number in enumerate(kept)}
 
 
-def _described(name: str, describe: Any, *args: Any, **kwargs: Any) -> Any:
+def described(name: str, describe: Any, *args: Any, **kwargs: Any) -> Any:
+    """A description, with the module's name in what it refuses."""
     try:
         return describe(*args, **kwargs)
     except UnsupportedDescriptionError as error:
         raise UnsupportedModuleError(f"its {name} has no kernel: {error}") from error
 
 
-def _require_name(name: str, module: object, expected: str) -> None:
+def require_name(name: str, module: object, *expected: str) -> None:
+    """``module`` is exactly of one of the classes.
+
+    Raises:
+        UnsupportedModuleError: it is not.
+    """
     found = class_name(module)
-    if found != expected:
-        raise UnsupportedModuleError(f"its {name} is a {found}, not a {expected}{_explain(found)}")
+    if found not in expected:
+        raise UnsupportedModuleError(f"its {name} is a {found}, not a {' or a '.join(expected)}{_explain(found)}")
 
 
 def foreign_accelerator(module: object) -> str | None:

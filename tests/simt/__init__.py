@@ -17,6 +17,7 @@ import torch
 from mace_fast.kernels.build import CpuSource, CudaSource, Float32, Int32, load_cpu
 from mace_fast.kernels.ops import (
     channelwise,
+    fully_connected,
     geometry,
     harmonics,
     linear,
@@ -117,6 +118,7 @@ def load_emulated(source: CudaSource, device: torch.device | str) -> EmulatedMod
     return _load(source)
 
 
+_MODULES = (channelwise, fully_connected, geometry, harmonics, readout, sender_sum, symmetric, totals)
 _OPS = (
     ("csr", segment._csr_cuda),
     ("segment_sum", segment._segment_sum_cuda),
@@ -134,9 +136,9 @@ def emulated_gpu() -> Iterator[None]:
     """Tensors on the CPU are served by the CUDA kernels, emulated."""
     library = torch.library.Library("mace_fast", "IMPL")  # noqa: TOR901
     with pytest.MonkeyPatch.context() as patch:
-        for module in (channelwise, geometry, harmonics, readout, segment, sender_sum, symmetric, totals, linear_cuda):
+        for module in (*_MODULES, segment, linear_cuda):
             patch.setattr(module, "load_cuda", load_emulated)
-        for module in (channelwise, geometry, harmonics, readout, sender_sum, symmetric, totals):
+        for module in _MODULES:
             patch.setattr(module, "on_gpu", lambda tensor: True)
         for name, function in _OPS:
             library.impl(name, function, "CPU", allow_override=True)

@@ -1,4 +1,4 @@
-"""A plain e3nn tensor product whose paths are all 'uvu', or all 'uvw', in any module built on e3nn."""
+"""A plain e3nn tensor product, in any module built on e3nn."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ import torch
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, Segment
 from mace_fast.kernels.description.fully_connected import FullyConnectedTensorProduct
 from mace_fast.kernels.ops.channelwise import channelwise_tp
+from mace_fast.kernels.ops.elementwise import elementwise_tp
 from mace_fast.kernels.ops.fully_connected import fully_connected_tp
 from mace_fast.patch.blocks.base import FastModule, random_tensor
-from mace_fast.patch.understand import read_tensor_product, require_own_forward
+from mace_fast.patch.blocks.tensor_product_plan import (
+    Description,
+    Part,
+    TensorProductPlan,
+    WeightSlice,
+    read_tensor_product,
+)
+from mace_fast.patch.understand import require_own_forward
 
-Product = ChannelwiseTensorProduct | FullyConnectedTensorProduct
 Weight = torch.Tensor | Sequence[torch.Tensor] | None
 
 
-class FastTensorProduct(FastModule[Product]):
-    """``e3nn.o3.TensorProduct`` with paths of mode 'uvu' alone or 'uvw' alone: same arguments, same order.
+class FastTensorProduct(FastModule[TensorProductPlan]):
+    """``e3nn.o3.TensorProduct`` with paths of modes 'uvu', 'uvv', 'uuu' and 'uvw': same arguments, same order.
 
     Weights are internal, shared, or one set per sample; paths without weights are allowed among the others.
     What is not the forward (``right``, ``weight_views`` ...) is the original's.
@@ -33,14 +40,13 @@ class FastTensorProduct(FastModule[Product]):
     instructions: list[Any]
 
     @classmethod
-    def plan(cls, original: torch.nn.Module) -> Product:
+    def plan(cls, original: torch.nn.Module) -> TensorProductPlan:
         require_own_forward("tensor product", original)
         return read_tensor_product("tensor product", original)
 
     @classmethod
-    def kernels_of(cls, plan: Product) -> str:
-        kernel = "channelwise_tp" if isinstance(plan, ChannelwiseTensorProduct) else "fully_connected_tp"
-        return f"{kernel} ({len(plan.paths)} paths)"
+    def kernels_of(cls, plan: TensorProductPlan) -> str:
+        return " + ".join(f"{_kernel(part.description)} ({len(part.description.paths)} paths)" for part in plan.parts)
 
     def example(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         plan = self._plan
@@ -72,13 +78,9 @@ class FastTensorProduct(FastModule[Product]):
         batch = torch.broadcast_shapes(*leading)
         if not self.shared_weights:
             weights = _rows(weights, batch, plan.weight_numel, "weight")
-        x = to_ir_mul(_rows(x, batch, plan.x_dim, "x"), plan.x)
-        y = to_ir_mul(_rows(y, batch, plan.y_dim, "y"), plan.y)
-        if isinstance(plan, ChannelwiseTensorProduct):
-            z = channelwise_tp(plan, x, y, weights)
-        else:
-            z = fully_connected_tp(plan, x, y, weights)
-        return to_mul_ir(z, plan.z).reshape(*batch, plan.z_dim)
+        x, y = _rows(x, batch, plan.x_dim, "x"), _rows(y, batch, plan.y_dim, "y")
+        results = [_run(part, plan, x, y, weights) for part in plan.parts]
+        return _assembled(plan, results).reshape(*batch, plan.z_dim)
 
     def _flat_weights(self, weight: Weight, x: torch.Tensor) -> torch.Tensor:
         if weight is None:
@@ -124,18 +126,80 @@ def _rows(tensor: torch.Tensor, batch: Sequence[int], width: int, name: str) -> 
     return tensor.expand(*batch, width).reshape(math.prod(batch), width)
 
 
-def to_ir_mul(rows: torch.Tensor, blocks: Sequence[Segment]) -> torch.Tensor:
-    """Rows [B, dim] from e3nn's order, block [multiplicity, 2l+1], to [2l+1, multiplicity]."""
-    return _transposed(rows, [(mul, 2 * degree + 1) for mul, degree in blocks])
+def _kernel(description: Description) -> str:
+    if isinstance(description, ChannelwiseTensorProduct):
+        return "channelwise_tp"
+    return "fully_connected_tp" if isinstance(description, FullyConnectedTensorProduct) else "elementwise_tp"
+
+
+def _run(part: Part, plan: TensorProductPlan, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The result of a part, its own blocks alone, ``ir_mul``."""
+    first, second = to_ir_mul(x, plan.x, part.x), to_ir_mul(y, plan.y, part.y)
+    if part.exchanged:
+        first, second = second, first
+    own = _weights_of(part.weights, weights) if part.weights else x.new_empty(0)
+    description = part.description
+    if isinstance(description, ChannelwiseTensorProduct):
+        return channelwise_tp(description, first, second, own)
+    if isinstance(description, FullyConnectedTensorProduct):
+        return fully_connected_tp(description, first, second, own)
+    return elementwise_tp(description, first, second, own)
+
+
+def _weights_of(slices: Sequence[WeightSlice], weights: torch.Tensor) -> torch.Tensor:
+    """Weights of a part, [..., numel], from those of all."""
+    pieces = []
+    for piece in slices:
+        numbers = weights.narrow(-1, piece.first, piece.size)
+        if not piece.in_order:
+            numbers = numbers.unflatten(-1, (piece.rows, piece.columns)).transpose(-2, -1).flatten(-2)
+        pieces.append(numbers)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+
+def _assembled(plan: TensorProductPlan, results: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of the parts' results, ``mul_ir``; blocks that no path gives are zero."""
+    if len(results) == 1 and len(plan.parts[0].z) == len(plan.z):
+        return to_mul_ir(results[0], plan.z)
+    sums: list[torch.Tensor | None] = [None] * len(plan.z)
+    for part, result in zip(plan.parts, results, strict=True):
+        blocks = [plan.z[index] for index in part.z]
+        pieces = result.split([mul * (2 * degree + 1) for mul, degree in blocks], dim=1)
+        for index, piece in zip(part.z, pieces, strict=True):
+            known = sums[index]
+            sums[index] = piece if known is None else known + piece
+    rows = results[0].shape[0]
+    shapes = [(2 * degree + 1, mul) for mul, degree in plan.z]
+    return torch.cat(
+        [
+            results[0].new_zeros(rows, a * b) if total is None else _swapped(total, (a, b))
+            for total, (a, b) in zip(sums, shapes, strict=True)
+        ],
+        dim=1,
+    )
+
+
+def to_ir_mul(rows: torch.Tensor, blocks: Sequence[Segment], chosen: Sequence[int] | None = None) -> torch.Tensor:
+    """Rows [B, dim] from e3nn's order, block [multiplicity, 2l+1], to [2l+1, multiplicity]; all blocks, or those chosen
+    by number, in ascending order."""
+    return _transposed(rows, [(mul, 2 * degree + 1) for mul, degree in blocks], chosen)
 
 
 def to_mul_ir(rows: torch.Tensor, blocks: Sequence[Segment]) -> torch.Tensor:
-    """The inverse of :func:`to_ir_mul`."""
+    """The inverse of :func:`to_ir_mul` of all blocks."""
     return _transposed(rows, [(2 * degree + 1, mul) for mul, degree in blocks])
 
 
-def _transposed(rows: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> torch.Tensor:
-    if all(1 in shape for shape in shapes):
+def _transposed(
+    rows: torch.Tensor, shapes: Sequence[tuple[int, int]], chosen: Sequence[int] | None = None
+) -> torch.Tensor:
+    every = chosen is None or len(chosen) == len(shapes)
+    if every and all(1 in shape for shape in shapes):
         return rows
     parts = rows.split([a * b for a, b in shapes], dim=1)
-    return torch.cat([p.unflatten(1, s).transpose(1, 2).flatten(1) for p, s in zip(parts, shapes, strict=True)], dim=1)
+    moved = [_swapped(parts[i], shapes[i]) for i in (range(len(shapes)) if chosen is None else chosen)]
+    return moved[0] if len(moved) == 1 else torch.cat(moved, dim=1)
+
+
+def _swapped(rows: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    return rows if 1 in shape else rows.unflatten(1, shape).transpose(1, 2).flatten(1)
