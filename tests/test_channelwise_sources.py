@@ -10,9 +10,11 @@ from mace_fast.kernels import describe_plan
 from mace_fast.kernels.build import compile_cuda
 from mace_fast.kernels.plan.channelwise import Role, Schedule, plan
 from mace_fast.kernels.source.channelwise import Variant, cuda_source
+from mace_fast.kernels.source.fitted import fitted_source
 from mace_fast.kernels.source.harmonics import cuda_source as harmonics_source
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
+RELATIVES = ["sm_86", "sm_89", "sm_120"]
 VARIANTS = {
     "forward": Variant(False, False),
     "backward": Variant(False, True, True, True, True),
@@ -21,25 +23,52 @@ VARIANTS = {
     "spline": Variant(False, False, order=6),
     "spline backward": Variant(False, True, True, True, False, 6),
 }
-ALLOWED_SPILL = {4: 16, 8: 256}
-"""Bytes a thread: none to speak of in float32; float64 is not what production runs in."""
+WIDEST = [
+    (0, "spline backward"),
+    (1, "spline backward"),
+    (2, "forward"),
+    (2, "backward"),
+    (2, "backward of tangents"),
+    (2, "spline backward"),
+]
+"""Kernels that come close to what a thread can hold; the others stay far from it on every target."""
+ALLOWED_SPILL = 256
+"""Bytes a thread in float64, which is not what production runs in."""
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("lmax", [0, 1, 2])
-def test_float32_compiles_without_spills(arch: str, variant: Variant, lmax: int) -> None:
-    compiled = compile_cuda(cuda_source(mace_product(lmax, 128), 4, variant), arch)
-    for entry, resources in compiled.resources.items():
-        assert resources.spill_stores <= ALLOWED_SPILL[4], f"{entry}: {resources}"
+@pytest.mark.parametrize(
+    ("arch", "lmax", "name"),
+    [(arch, lmax, name) for arch in ARCHITECTURES for lmax in (0, 1, 2) for name in VARIANTS]
+    + [(arch, lmax, name) for arch in RELATIVES for lmax, name in WIDEST],
+)
+def test_float32_compiles_without_spills(arch: str, lmax: int, name: str) -> None:
+    source, layout = fitted_source(mace_product(lmax, 128), 4, VARIANTS[name], arch)
+    assert layout.together
+    for entry, resources in compile_cuda(source, arch).resources.items():
+        assert resources.spill_stores == resources.spill_loads == 0, f"{entry}: {resources}"
         assert resources.registers <= 255
+
+
+def test_plans_are_fitted_where_they_spill_and_not_on_the_measured_target() -> None:
+    d, backward = mace_product(1, 128), VARIANTS["spline backward"]
+    preferred = cuda_source(d, 4, backward)
+    assert compile_cuda(preferred, "sm_86").resources[f"{backward.entry}_0"].spill_stores > 0
+    source, layout = fitted_source(d, 4, backward, "sm_86")
+    assert source != preferred and layout.schedule.vector == 2
+    assert fitted_source(d, 4, backward, "sm_80")[0] is preferred
+    # This one spills on the measured target too, where its plan was the fastest.
+    wide = mace_product(2, 192)
+    both = VARIANTS["backward of tangents"]
+    assert fitted_source(wide, 4, both, "sm_90")[0] is cuda_source(wide, 4, both)
+    source, _ = fitted_source(wide, 4, both, "sm_86")
+    assert all(resources.spill_stores == 0 for resources in compile_cuda(source, "sm_86").resources.values())
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_float64_compiles(variant: Variant) -> None:
     compiled = compile_cuda(cuda_source(mace_product(1, 128), 8, variant), "sm_90")
     for entry, resources in compiled.resources.items():
-        assert resources.spill_stores <= ALLOWED_SPILL[8], f"{entry}: {resources}"
+        assert resources.spill_stores <= ALLOWED_SPILL, f"{entry}: {resources}"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -23,6 +23,7 @@ from mace_fast.kernels.source.fully_connected import Variant, cuda_source
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float64]
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
+RELATIVES = ["sm_86", "sm_89", "sm_120"]
 DIFFDOCK = "10x1o+10x1e+48x0e+48x0o"
 GRAPHS = {
     "random": (7, [3, 1, 4, 1, 5, 2, 6, 5, 3, 5, 0, 6], [2, 5, 0, 2, 4, 5, 2, 3, 5, 3, 0, 2]),
@@ -467,6 +468,14 @@ def test_diffdock_compiles_without_spills(arch: str, y: str, variant: Variant) -
         compiled = compile_cuda(cuda_source(d, item_bytes, variant), arch)
         for entry, resources in compiled.resources.items():
             assert resources.spill_stores == 0 and resources.spill_loads == 0, f"{entry}: {resources}"
+
+
+@pytest.mark.parametrize("arch", RELATIVES)
+def test_widest_diffdock_compiles_without_spills(arch: str) -> None:
+    d = of_module(all_paths(DIFFDOCK, "1x0e+1x1o+1x2e", DIFFDOCK))
+    variant = Variant(True, True, True, True)
+    resources = compile_cuda(cuda_source(d, 4, variant), arch).resources[variant.entry]
+    assert resources.spill_stores == resources.spill_loads == 0, resources
 
 
 def test_plan_prints_its_decisions() -> None:

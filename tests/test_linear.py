@@ -353,11 +353,19 @@ def variants(d: Linear) -> list[Linear]:
     return [d.with_layouts(x, z) for x, z in BOTH_LAYOUTS] + [d.transposed]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("values", FLOATS)
-def test_cuda_text_compiles_without_spills(arch: str, values: str) -> None:
+@pytest.mark.parametrize(
+    ("arch", "values", "descriptions"),
+    [
+        (arch, values, [*variants(MACE_LIKE), *variants(small("ir_mul", "ir_mul"))])
+        for arch in ("sm_80", "sm_90", "sm_100")
+        for values in FLOATS
+    ]
+    + [(arch, "float32", [MACE_LIKE]) for arch in ("sm_86", "sm_89", "sm_120")],
+    ids=lambda value: value if isinstance(value, str) else len(value),
+)
+def test_cuda_text_compiles_without_spills(arch: str, values: str, descriptions: list[Linear]) -> None:
     sources: set[CudaSource] = set()
-    for d in [*variants(MACE_LIKE), *variants(small("ir_mul", "ir_mul"))]:
+    for d in descriptions:
         sources.update(forward_cuda(d, values, "int64", tiling) for tiling in TILINGS[values])
         sources.add(grad_cuda(d.without_bias, values, "int64", TILINGS[values][0]))
     sources.add(forward_cuda(MACE_LIKE, values, "int32", TILINGS[values][0]))

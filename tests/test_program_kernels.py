@@ -225,8 +225,11 @@ def test_totals_refuse() -> None:
         structure_stress(values[:, None, None].expand(4, 3, 3), long, long[:2], torch.zeros(2, 3, 3).double())
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("ctype", ["float", "double"])
+@pytest.mark.parametrize(
+    ("arch", "ctype"),
+    [(arch, ctype) for arch in ("sm_80", "sm_90", "sm_100") for ctype in ("float", "double")]
+    + [(arch, "float") for arch in ("sm_86", "sm_89", "sm_120")],
+)
 def test_kernels_compile_without_spills(arch: str, ctype: str) -> None:
     sources: list[CudaSource] = [
         geometry_cuda(3, ctype),

@@ -149,7 +149,7 @@ def test_errors_name_the_argument(seed: int) -> None:
         segment_gather(values[:2], lists._replace(ids=index + 1))
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize("ids", IDS)
 def test_cuda_text_compiles_without_spills(arch: str, ids: str) -> None:
     for source in (*(segment_cuda(values, ids) for values in FLOATS), segment_lists_cuda(ids)):

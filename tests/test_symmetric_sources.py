@@ -150,6 +150,7 @@ def test_float_literals_are_exact() -> None:
 COMPILED = [
     *((1, kind, tangent, "float32", arch) for kind in KINDS for tangent in (False, True) for arch in ("sm_90",)),
     *((2, kind, False, "float32", arch) for kind in KINDS for arch in ("sm_80", "sm_90", "sm_100")),
+    *((2, "gradient", False, "float32", arch) for arch in ("sm_86", "sm_89", "sm_120")),
     *((1, kind, False, "float64", arch) for kind in KINDS for arch in ("sm_80", "sm_90", "sm_100")),
 ]
 

@@ -223,6 +223,12 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
 
+def architecture(device: torch.device) -> str:
+    """What kernels for a CUDA device are compiled for, such as ``"sm_90"``."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
 def load_cuda(source: CudaSource, device: torch.device | str) -> CudaModule:
     """Compile for the architecture of `device` (or find in the cache) and load, once per source and device.
 
@@ -245,5 +251,4 @@ def _load(source: CudaSource, index: int) -> CudaModule:
     count = torch.cuda.device_count()
     if not 0 <= index < count:
         raise ValueError(f"device cuda:{index}: this machine has {count} CUDA devices")
-    major, minor = torch.cuda.get_device_capability(index)
-    return CudaModule(source, index, compile_cuda(source, f"sm_{major}{minor}"))
+    return CudaModule(source, index, compile_cuda(source, architecture(torch.device("cuda", index))))

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mace_fast.kernels.build import CudaModule, cpu_threads, load_cpu, load_cuda, on_gpu
+from mace_fast.kernels.build import CudaModule, architecture, cpu_threads, load_cpu, load_cuda, on_gpu
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
 from mace_fast.kernels.ops.graph import EdgeGraph
 from mace_fast.kernels.ops.segment import Segments, segment_sum
 from mace_fast.kernels.plan.channelwise import ChannelwisePlan, Role, Schedule, plan
 from mace_fast.kernels.source.channelwise import OVERFLOW_THREADS, Variant, cpu_source, cuda_source, overflow_source
+from mace_fast.kernels.source.fitted import fitted_source
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
 _GRAPH = (
@@ -182,8 +183,11 @@ def _cuda_launch(
     key: str, item_bytes: int, variant: Variant, device: torch.device, schedule: Schedule | None = None
 ) -> _Launch:
     description = ChannelwiseTensorProduct.parse(key)
-    layout = plan(description, item_bytes, variant.role, schedule)
-    source = cuda_source(description, item_bytes, variant, schedule)
+    if schedule is None and device.type == "cuda":
+        source, layout = fitted_source(description, item_bytes, variant, architecture(device))
+    else:
+        layout = plan(description, item_bytes, variant.role, schedule)
+        source = cuda_source(description, item_bytes, variant, schedule)
     shared = [layout.shared_bytes(segment, want_y=variant.want_y) for segment in layout.segments]
     side_by_side = [max(shared)] if layout.together else shared
     kernels = tuple(

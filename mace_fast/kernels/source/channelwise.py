@@ -194,10 +194,15 @@ def _wants(variant: Variant) -> str:
 
 @lru_cache(maxsize=512)
 def cuda_source(
-    description: ChannelwiseTensorProduct, item_bytes: int, variant: Variant, schedule: Schedule | None = None
+    description: ChannelwiseTensorProduct,
+    item_bytes: int,
+    variant: Variant,
+    schedule: Schedule | None = None,
+    resident: int | None = None,
 ) -> CudaSource:
     """One CUDA translation unit: the kernel ``<variant.entry>_0`` for all segments of the plan, side by side; or one for
-    each segment, ``_0``, ``_1`` ..., where they have to follow one another."""
+    each segment, ``_0``, ``_1`` ..., where they have to follow one another. ``resident``: blocks that must fit on a
+    multiprocessor, if it is not left to the compiler how many should."""
     layout = plan(description, item_bytes, variant.role, schedule)
     ctype = _ctype(item_bytes)
     dual = "true" if variant.dual else "false"
@@ -225,6 +230,7 @@ def cuda_source(
     numbers = range(len(layout.segments))
     launches = [list(numbers)] if layout.together else [[number] for number in numbers]
     entries = tuple(f"{variant.entry}_{launch}" for launch in range(len(launches)))
+    bounds = str(layout.threads) if resident is None else f"{layout.threads}, {resident}"
     for entry, members in zip(entries, launches, strict=True):
         if variant.backward:
             outputs = (
@@ -246,7 +252,7 @@ def cuda_source(
                 call = f"mf::conv_forward<{segment}, {dual}>(graph, in, tangent, spline, z, partial, z_row);"
             calls.append(f"    if (blockIdx.z == {place}) {call}")
         text += [
-            f'extern "C" __global__ void __launch_bounds__({layout.threads}) {entry}({parameters}, {outputs}) {{',
+            f'extern "C" __global__ void __launch_bounds__({bounds}) {entry}({parameters}, {outputs}) {{',
             *(line.replace("<T>", f"<{ctype}>") for line in setup),
             *calls,
             "}",
