@@ -38,4 +38,6 @@ GRAPHS = {
     "molecules": lambda: random_degree(20_000, 200_000),
     "water": lambda: random_degree(3_000, 180_000),
     "star": star,
+    "complexes": lambda: random_degree(2_000, 40_000),
+    "complexes-small": lambda: random_degree(40, 800),
 }
