@@ -54,6 +54,10 @@ class Variant:
         )
 
 
+_ADD = {1: "add", -1: "subtract"}
+_USING = "using mf::across;\nusing mf::multiply;\nusing mf::multiply_add;\nusing mf::multiply_subtract;"
+
+
 def _terms(target: str, terms: list[str]) -> str:
     return f"{target} = {' + '.join(terms) if terms else '0'};"
 
@@ -72,18 +76,22 @@ def _path_struct(path: PlannedPath, name: str, piece: int) -> str:
         _terms(f"m[{q}]", [f"{literal(value)} * y[{y(j)}]" for j, value in entry])
         for q, entry in enumerate(structure.entries)
     ]
-    forward = [f"z[{use.k}] {'+' if use.sign > 0 else '-'}= x[{use.i}] * m[{use.entry}];" for use in structure.uses]
+    forward = [f"multiply_{_ADD[u.sign]}(z[{u.k}], x[{u.i}], m[{u.entry}]);" for u in structure.uses]
     transpose = []
     for i in range(2 * flat.l1 + 1):
-        terms = [f"{'' if u.sign > 0 else '-'}g[{u.k}] * m[{u.entry}]" for u in structure.uses if u.i == i]
-        transpose.append(_terms(f"t[{i}]", terms) if terms else f"t[{i}] = zero(t[{i}]);")
+        uses = sorted((u for u in structure.uses if u.i == i), key=lambda u: -u.sign)
+        first = (
+            f"multiply(t[{i}], g[{uses[0].k}], {'' if uses[0].sign > 0 else '-'}m[{uses[0].entry}]);" if uses else ""
+        )
+        transpose.append(first or f"t[{i}] = zero(t[{i}]);")
+        transpose.extend(f"multiply_{_ADD[u.sign]}(t[{i}], g[{u.k}], m[{u.entry}]);" for u in uses[1:])
     gradient = []
     products: dict[tuple[int, int], list[tuple[int, float]]] = {}
     for i, j, k, value in structure.triples:
         products.setdefault((i, k), []).append((j, value))
     for (i, k), uses in products.items():
-        gradient.append(f"{{ const auto p = across(x[{i}], g[{k}]);")
-        gradient.extend(f"  dy[{y(j)}] += p * {literal(value)};" for j, value in uses)
+        gradient.append(f"{{ Y_ p; across(p, x[{i}], g[{k}]);")
+        gradient.extend(f"  multiply_add(dy[{y(j)}], p, {literal(value)});" for j, value in uses)
         gradient.append("}")
     constants = {
         "INDEX": path.index,
@@ -209,7 +217,7 @@ def cuda_source(
     text = [
         '#include "channelwise_conv.cuh"',
         f"namespace problem {{\ntypedef {ctype} T;",
-        "using mf::across;",
+        _USING,
         "template <class V> MF_INLINE V zero(V) { return V(); }",
         *(_segment_struct(i, s, layout, description, s.tile, variant.order) for i, s in enumerate(layout.segments)),
         "}  // namespace problem",
@@ -297,7 +305,7 @@ def cpu_source(description: ChannelwiseTensorProduct, item_bytes: int, variant: 
     text = [
         '#include "channelwise_conv.h"',
         f"namespace problem {{\ntypedef {ctype} T;",
-        "using mf::across;",
+        _USING,
         "template <class V> MF_INLINE V zero(V) { return V{}; }",
         _segment_struct(0, merged, layout, description, CPU_TILE, variant.order),
         "}  // namespace problem",

@@ -519,8 +519,10 @@ MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& i
                 N wx[Path::DX];
                 read_forms<Path>(shared, slot, m);
 #pragma unroll
-                for (int i = 0; i < Path::DX; ++i)
-                    wx[i] = Path::WEIGHTED ? operands.w[Path::INDEX] * operands.x[Path::X + i] : operands.x[Path::X + i];
+                for (int i = 0; i < Path::DX; ++i) {
+                    if constexpr (Path::WEIGHTED) multiply(wx[i], operands.w[Path::INDEX], operands.x[Path::X + i]);
+                    else wx[i] = operands.x[Path::X + i];
+                }
                 Path::forward(wx, m, sum + Path::Z);
             });
         },
@@ -609,23 +611,24 @@ MF_INLINE void conv_backward(const Graph& graph, const Range& range, int first, 
                     read_forms<Path>(shared, slot, m);
                     Path::transpose(grad + Path::Z, m, t);
                 }
-                const N w = operands.w[Path::INDEX];
+                const N& w = operands.w[Path::INDEX];
                 if (WANT_X) {
 #pragma unroll
-                    for (int i = 0; i < Path::DX; ++i) x_grad[Path::X + i] += w * t[i];
+                    for (int i = 0; i < Path::DX; ++i) multiply_add(x_grad[Path::X + i], w, t[i]);
                 }
                 if constexpr ((WANT_W || SPLINE) && Path::WEIGHTED) {
-                    N sum = operands.x[Path::X] * t[0];
+                    N sum;
+                    multiply(sum, operands.x[Path::X], t[0]);
 #pragma unroll
-                    for (int i = 1; i < Path::DX; ++i) sum += operands.x[Path::X + i] * t[i];
-                    if constexpr (SPLINE) radius_grad += across(operands.slope[Path::INDEX], result_of(sum));
+                    for (int i = 1; i < Path::DX; ++i) multiply_add(sum, operands.x[Path::X + i], t[i]);
+                    if constexpr (SPLINE) add_across(radius_grad, operands.slope[Path::INDEX], result_of(sum));
                     else if (S::EXACT || u < Path::MUL)
                         store(dw_row + Path::W + index_t(u) * Path::W_STRIDE, result_of(sum));
                 }
                 if (WANT_Y) {
                     N wx[Path::DX];
 #pragma unroll
-                    for (int i = 0; i < Path::DX; ++i) wx[i] = w * operands.x[Path::X + i];
+                    for (int i = 0; i < Path::DX; ++i) multiply(wx[i], w, operands.x[Path::X + i]);
                     Path::couple_gradient(wx, grad + Path::Z, y_grad);
                 }
             });
@@ -638,7 +641,7 @@ MF_INLINE void conv_backward(const Graph& graph, const Range& range, int first, 
                         for (int i = 0; i < Block::DIM; ++i) {
                             T* target = row + Block::OFFSET + i * Block::MUL;
                             C value = result_of(x_grad[Block::BASE + i]);
-                            if (!Block::FRESH) value = *reinterpret_cast<const C*>(target) + value;
+                            if constexpr (!Block::FRESH) multiply_add(value, *reinterpret_cast<const C*>(target), T(1));
                             store(target, value);
                         }
                     }

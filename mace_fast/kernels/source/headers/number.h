@@ -57,65 +57,105 @@ template <class V> MF_INLINE Dual<V>& operator-=(Dual<V>& a, Dual<V> b) {
 template <class T, int COUNT> struct Vec {
     T v[COUNT];
 };
-
-template <class T, int C> MF_INLINE Vec<T, C> operator+(Vec<T, C> a, Vec<T, C> b) {
-    Vec<T, C> r;
-#pragma unroll
-    for (int i = 0; i < C; ++i) r.v[i] = a.v[i] + b.v[i];
-    return r;
-}
-template <class T, int C> MF_INLINE Vec<T, C> operator-(Vec<T, C> a, Vec<T, C> b) {
-    Vec<T, C> r;
-#pragma unroll
-    for (int i = 0; i < C; ++i) r.v[i] = a.v[i] - b.v[i];
-    return r;
-}
-template <class T, int C> MF_INLINE Vec<T, C> operator-(Vec<T, C> a) {
-    Vec<T, C> r;
-#pragma unroll
-    for (int i = 0; i < C; ++i) r.v[i] = -a.v[i];
-    return r;
-}
-template <class T, int C> MF_INLINE Vec<T, C> operator*(Vec<T, C> a, Vec<T, C> b) {
-    Vec<T, C> r;
-#pragma unroll
-    for (int i = 0; i < C; ++i) r.v[i] = a.v[i] * b.v[i];
-    return r;
-}
-template <class T, int C> MF_INLINE Vec<T, C> operator*(Vec<T, C> a, T b) {
-    Vec<T, C> r;
-#pragma unroll
-    for (int i = 0; i < C; ++i) r.v[i] = a.v[i] * b;
-    return r;
-}
-template <class T, int C> MF_INLINE Vec<T, C>& operator+=(Vec<T, C>& a, Vec<T, C> b) {
-#pragma unroll
-    for (int i = 0; i < C; ++i) a.v[i] += b.v[i];
-    return a;
-}
-template <class T, int C> MF_INLINE Vec<T, C>& operator-=(Vec<T, C>& a, Vec<T, C> b) {
-#pragma unroll
-    for (int i = 0; i < C; ++i) a.v[i] -= b.v[i];
-    return a;
-}
-template <class T, int C> MF_INLINE Dual<Vec<T, C>> operator*(Vec<T, C> a, Dual<T> b) { return {a * b.v, a * b.d}; }
-template <class T, int C> MF_INLINE Dual<Vec<T, C>> operator*(Dual<Vec<T, C>> a, Dual<T> b) {
-    return {a.v * b.v, a.v * b.d + a.d * b.v};
-}
 #endif
 
-// A product, summed over the channels that one number holds on CUDA.
-template <class A, class B> MF_INLINE auto across(A a, B b) { return a * b; }
+// z = a * b, z += a * b and z -= a * b. In place and by reference: a compiler takes apart every structure that is passed or
+// returned by value, and in kernels of thousands of operations it spent most of its time on that.
+template <class Z, class A, class B> MF_INLINE void multiply(Z& z, const A& a, const B& b) { z = a * b; }
+template <class Z, class A, class B> MF_INLINE void multiply_add(Z& z, const A& a, const B& b) { z += a * b; }
+template <class Z, class A, class B> MF_INLINE void multiply_subtract(Z& z, const A& a, const B& b) { z -= a * b; }
+
+// sum = a * b and sum += a * b, summed over the channels that one number holds on CUDA.
+template <class Z, class A, class B> MF_INLINE void across(Z& sum, const A& a, const B& b) { sum = a * b; }
+template <class Z, class A, class B> MF_INLINE void add_across(Z& sum, const A& a, const B& b) { sum += a * b; }
+
 #ifdef __CUDACC__
-template <class T, int C> MF_INLINE T across(Vec<T, C> a, Vec<T, C> b) {
-    T sum = a.v[0] * b.v[0];
-#pragma unroll
-    for (int i = 1; i < C; ++i) sum += a.v[i] * b.v[i];
-    return sum;
+template <class T, int C> MF_INLINE void multiply(Vec<T, C>& z, const Vec<T, C>& a, const T& b) {
+    z.v[0] = a.v[0] * b;
+    if constexpr (C > 1) z.v[1] = a.v[1] * b;
+    if constexpr (C > 2) z.v[2] = a.v[2] * b;
+    if constexpr (C > 3) z.v[3] = a.v[3] * b;
 }
-template <class T, int C> MF_INLINE Dual<T> across(Dual<Vec<T, C>> a, Vec<T, C> b) {
-    return {across(a.v, b), across(a.d, b)};
+template <class T, int C> MF_INLINE void multiply(Vec<T, C>& z, const Vec<T, C>& a, const Vec<T, C>& b) {
+    z.v[0] = a.v[0] * b.v[0];
+    if constexpr (C > 1) z.v[1] = a.v[1] * b.v[1];
+    if constexpr (C > 2) z.v[2] = a.v[2] * b.v[2];
+    if constexpr (C > 3) z.v[3] = a.v[3] * b.v[3];
+}
+template <class T, int C> MF_INLINE void multiply_add(Vec<T, C>& z, const Vec<T, C>& a, const T& b) {
+    z.v[0] += a.v[0] * b;
+    if constexpr (C > 1) z.v[1] += a.v[1] * b;
+    if constexpr (C > 2) z.v[2] += a.v[2] * b;
+    if constexpr (C > 3) z.v[3] += a.v[3] * b;
+}
+template <class T, int C> MF_INLINE void multiply_add(Vec<T, C>& z, const Vec<T, C>& a, const Vec<T, C>& b) {
+    z.v[0] += a.v[0] * b.v[0];
+    if constexpr (C > 1) z.v[1] += a.v[1] * b.v[1];
+    if constexpr (C > 2) z.v[2] += a.v[2] * b.v[2];
+    if constexpr (C > 3) z.v[3] += a.v[3] * b.v[3];
+}
+template <class T, int C> MF_INLINE void multiply_subtract(Vec<T, C>& z, const Vec<T, C>& a, const T& b) {
+    z.v[0] -= a.v[0] * b;
+    if constexpr (C > 1) z.v[1] -= a.v[1] * b;
+    if constexpr (C > 2) z.v[2] -= a.v[2] * b;
+    if constexpr (C > 3) z.v[3] -= a.v[3] * b;
+}
+template <class T, int C> MF_INLINE void across(T& sum, const Vec<T, C>& a, const Vec<T, C>& b) {
+    sum = a.v[0] * b.v[0];
+    if constexpr (C > 1) sum += a.v[1] * b.v[1];
+    if constexpr (C > 2) sum += a.v[2] * b.v[2];
+    if constexpr (C > 3) sum += a.v[3] * b.v[3];
+}
+template <class T, int C> MF_INLINE void add_across(T& sum, const Vec<T, C>& a, const Vec<T, C>& b) {
+    sum += a.v[0] * b.v[0];
+    if constexpr (C > 1) sum += a.v[1] * b.v[1];
+    if constexpr (C > 2) sum += a.v[2] * b.v[2];
+    if constexpr (C > 3) sum += a.v[3] * b.v[3];
 }
 #endif
+
+template <class Z, class A, class B> MF_INLINE void multiply(Dual<Z>& z, const Dual<A>& a, const B& b) {
+    multiply(z.v, a.v, b);
+    multiply(z.d, a.d, b);
+}
+template <class Z, class A, class B> MF_INLINE void multiply(Dual<Z>& z, const A& a, const Dual<B>& b) {
+    multiply(z.v, a, b.v);
+    multiply(z.d, a, b.d);
+}
+template <class Z, class A, class B> MF_INLINE void multiply(Dual<Z>& z, const Dual<A>& a, const Dual<B>& b) {
+    multiply(z.v, a.v, b.v);
+    multiply(z.d, a.v, b.d);
+    multiply_add(z.d, a.d, b.v);
+}
+template <class Z, class A, class B> MF_INLINE void multiply_add(Dual<Z>& z, const Dual<A>& a, const B& b) {
+    multiply_add(z.v, a.v, b);
+    multiply_add(z.d, a.d, b);
+}
+template <class Z, class A, class B> MF_INLINE void multiply_add(Dual<Z>& z, const A& a, const Dual<B>& b) {
+    multiply_add(z.v, a, b.v);
+    multiply_add(z.d, a, b.d);
+}
+template <class Z, class A, class B> MF_INLINE void multiply_add(Dual<Z>& z, const Dual<A>& a, const Dual<B>& b) {
+    multiply_add(z.v, a.v, b.v);
+    multiply_add(z.d, a.v, b.d);
+    multiply_add(z.d, a.d, b.v);
+}
+template <class Z, class A, class B> MF_INLINE void multiply_subtract(Dual<Z>& z, const Dual<A>& a, const B& b) {
+    multiply_subtract(z.v, a.v, b);
+    multiply_subtract(z.d, a.d, b);
+}
+template <class Z, class A, class B> MF_INLINE void multiply_subtract(Dual<Z>& z, const A& a, const Dual<B>& b) {
+    multiply_subtract(z.v, a, b.v);
+    multiply_subtract(z.d, a, b.d);
+}
+template <class Z, class A, class B> MF_INLINE void multiply_subtract(Dual<Z>& z, const Dual<A>& a, const Dual<B>& b) {
+    multiply_subtract(z.v, a.v, b.v);
+    multiply_subtract(z.d, a.v, b.d);
+    multiply_subtract(z.d, a.d, b.v);
+}
+template <class Z, class A, class B> MF_INLINE void across(Dual<Z>& sum, const Dual<A>& a, const B& b) {
+    across(sum.v, a.v, b);
+    across(sum.d, a.d, b);
+}
 
 }  // namespace mf

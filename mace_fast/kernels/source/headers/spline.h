@@ -20,14 +20,26 @@ template <class T> MF_INLINE index_t find_interval(T position, index_t intervals
 
 template <int ORDER, class V, class T> MF_INLINE V spline_value(const V* c, T t) {
     V value = c[ORDER - 1];
-    for (int q = ORDER - 2; q >= 0; --q) value = value * t + c[q];
+#pragma unroll
+    for (int q = ORDER - 2; q >= 0; --q) {
+        V next = c[q];
+        multiply_add(next, value, t);
+        value = next;
+    }
     return value;
 }
 
 // Derivative with respect to t.
 template <int ORDER, class V, class T> MF_INLINE V spline_slope(const V* c, T t) {
-    V slope = c[ORDER - 1] * T(ORDER - 1);
-    for (int q = ORDER - 2; q >= 1; --q) slope = slope * t + c[q] * T(q);
+    V slope;
+    multiply(slope, c[ORDER - 1], T(ORDER - 1));
+#pragma unroll
+    for (int q = ORDER - 2; q >= 1; --q) {
+        V next;
+        multiply(next, c[q], T(q));
+        multiply_add(next, slope, t);
+        slope = next;
+    }
     return slope;
 }
 
