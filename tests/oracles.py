@@ -64,6 +64,21 @@ def mace_product(lmax_x: int, mul: int, lmax_y: int = 3) -> ChannelwiseTensorPro
     return ChannelwiseTensorProduct(x, y, tuple(z), tuple(paths))
 
 
+def both_parities_product(lmax: int, mul: int) -> ChannelwiseTensorProduct:
+    """As NequIP has them: every degree up to ``lmax`` with either parity, outputs sorted by degree and parity."""
+    kinds = [(degree, parity) for degree in range(lmax + 1) for parity in (1, -1)]
+    slots = [
+        (l3, (-1) ** l2 * parity, i, l2)
+        for i, (l1, parity) in enumerate(kinds)
+        for l2 in range(lmax + 1)
+        for l3 in range(abs(l1 - l2), min(l1 + l2, lmax) + 1)
+    ]
+    slots.sort(key=lambda slot: slot[:2])
+    x, y = tuple((mul, degree) for degree, _ in kinds), tuple((1, degree) for degree in range(lmax + 1))
+    paths = tuple(Path(i, l2, k, (2 * l3 + 1) ** 0.5) for k, (l3, _, i, l2) in enumerate(slots))
+    return ChannelwiseTensorProduct(x, y, tuple((mul, slot[0]) for slot in slots), paths)
+
+
 def random_product(rng: np.random.Generator) -> ChannelwiseTensorProduct:
     """Random blocks: multiplicities 1 to 33, degrees to 3, copies of y, shared output blocks, unweighted paths."""
     muls = [1, 2, 5, 13, 32, 33]

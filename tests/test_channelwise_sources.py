@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import mace_product
+from oracles import both_parities_product, mace_product
 
 from mace_fast.kernels import describe_plan
 from mace_fast.kernels.build import compile_cuda
@@ -112,6 +112,27 @@ def test_production_shapes_never_write_a_gradient_twice(lmax: int, variant: Vari
     layout = describe_plan(mace_product(lmax, 128), dtype, backward=role.backward, dual=role.dual, spline=role.spline)
     assert layout.together
     assert layout.most_registers <= 245
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_mirror_images_are_compiled_once(variant: Variant) -> None:
+    """Both parities of every degree: a segment of one parity is the other's with its blocks elsewhere."""
+    d = both_parities_product(3, 64)
+    layout = plan(d, 4, variant.role)
+    text = cuda_source(d, 4, variant).text
+    assert layout.together and all(len(images) == 2 for images in layout.alike)
+    assert text.count("struct Segment {") == len(layout.alike) == len(layout.segments) // 2
+    assert sorted(p.flat.w_offset for s in layout.segments for p in s.paths) == [p.w_offset for p in d.flat_paths()]
+    for first, second in layout.alike:
+        one, other = layout.segments[first], layout.segments[second]
+        assert one.structure == other.structure and one != other
+        assert not {slot.offset for slot in one.z} & {slot.offset for slot in other.z}
+
+
+@pytest.mark.parametrize("lmax", [0, 1, 2])
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_products_without_mirror_images_look_nothing_up(variant: Variant, lmax: int) -> None:
+    assert "shifts" not in cuda_source(mace_product(lmax, 128), 4, variant).text
 
 
 def test_a_product_of_high_degree_has_a_plan() -> None:

@@ -19,14 +19,14 @@ import test_segment_sum
 import test_spline_conv
 import test_symmetric_contraction
 import torch
-from oracles import mace_product, random_product
+from oracles import both_parities_product, mace_product, random_product
 from simt import EmulatedModule, LaunchError, emulated_gpu
 
 from mace_fast.inference import FrozenMACE
 from mace_fast.kernels import channelwise_tp, channelwise_tp_conv
 from mace_fast.kernels.build import CudaSource
 from mace_fast.kernels.ops.graph import edge_graph
-from mace_fast.kernels.plan.channelwise import Schedule
+from mace_fast.kernels.plan.channelwise import Role, Schedule, plan
 from mace_fast.patch.api import convert
 from mace_fast.zoo import alloy, checkpoint_path, graph
 
@@ -213,6 +213,18 @@ def test_operands_in_a_ring(seed: int, gpu: None, vector: int, ring: int, dtype:
     with pytest.MonkeyPatch.context() as patch:
         test_channelwise.use_schedule(patch, Schedule(vector, 80, prefetch=False, ring=ring))
         test_channelwise.check_all_orders(mace_product(1, 32 * vector), dtype, "cpu", nodes=5, edges=150)
+
+
+@pytest.mark.parametrize(("mul", "dtype"), [(32, torch.float32), (5, torch.float64)], ids=str)
+def test_mirror_images_share_their_code(seed: int, gpu: None, mul: int, dtype: torch.dtype) -> None:
+    """Segments of either parity, which differ in offsets alone, in every role."""
+    d = both_parities_product(1, mul)
+    schedule = Schedule(1, 12 * dtype.itemsize // 4, prefetch=True)
+    for role in (Role(), Role(dual=True, backward=True)):
+        assert plan(d, dtype.itemsize, role, schedule).alike == ((0, 1),)
+    with pytest.MonkeyPatch.context() as patch:
+        test_channelwise.use_schedule(patch, schedule)
+        test_channelwise.check_all_orders(d, dtype, "cpu", nodes=5, edges=40)
 
 
 @pytest.mark.parametrize("registers", [9, 18])

@@ -22,6 +22,7 @@
 #define __host__
 #define __global__
 #define __shared__ static
+#define __constant__ static const
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))

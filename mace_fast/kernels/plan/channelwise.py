@@ -5,7 +5,7 @@ The decision is made once, from the description and stated limits alone, and pri
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, FlatPath
@@ -53,7 +53,8 @@ class Slot:
 
 @dataclass(frozen=True)
 class PlannedPath:
-    """A flat path with its place in registers (x, z), in the shared forms (m, padded) and the warp that couples it."""
+    """A flat path with its place among its segment's (index), in registers (x, z), in the shared forms (m, padded) and
+    the warp that couples it."""
 
     flat: FlatPath
     index: int
@@ -81,6 +82,16 @@ class SegmentPlan:
     @property
     def z_registers(self) -> int:
         return sum(slot.dim for slot in self.z)
+
+    @property
+    def structure(self) -> SegmentPlan:
+        """This segment without the places of its blocks and weights in memory; mirror images share it."""
+
+        def placeless(slots: tuple[Slot, ...]) -> tuple[Slot, ...]:
+            return tuple(replace(slot, offset=0) for slot in slots)
+
+        paths = tuple(replace(p, flat=replace(p.flat, x_offset=0, z_offset=0, w_offset=0)) for p in self.paths)
+        return replace(self, x=placeless(self.x), z=placeless(self.z), paths=paths)
 
 
 @dataclass(frozen=True)
@@ -153,6 +164,17 @@ class ChannelwisePlan:
         return self.schedule.ring * copies * abreast * piece * (2 if self.role.dual else 1)
 
     @property
+    def alike(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of segments; those that share one code are together. They run side by side and differ in offsets."""
+        runs: list[list[int]] = []
+        for number, segment in enumerate(self.segments):
+            if self.together and runs and self.segments[runs[-1][0]].structure == segment.structure:
+                runs[-1].append(number)
+            else:
+                runs.append([number])
+        return tuple(map(tuple, runs))
+
+    @property
     def most_registers(self) -> int:
         """Of the segments' estimates."""
         return max(self.registers(segment) for segment in self.segments)
@@ -179,6 +201,7 @@ class ChannelwisePlan:
             f"{'all lanes busy' if self.exact else 'some lanes idle'}, {len(self.segments)} segment(s)"
             + (f" {many}" if len(self.segments) > 1 else "")
             + (f", a ring of {self.schedule.ring} edges in shared memory" if self.schedule.ring else "")
+            + (f", {len(self.alike)} of them distinct" if len(self.alike) < len(self.segments) else "")
         ]
         for number, segment in enumerate(self.segments):
             forms = sum(len(of_path(p.flat).entries) for p in segment.paths)
@@ -314,9 +337,10 @@ def _split(flat: tuple[FlatPath, ...], limit: int) -> tuple[list[_Paths], bool]:
 
     Paths of one block of x, or of z, stay together where they fit. Where they do not, only those of one block of z do.
     """
-    families = _packed(_families(flat), limit)
-    if all(_width(paths) <= limit for paths in families):
-        return families, True
+    families = _families(flat)
+    packed = _packed(families, limit)
+    if all(_width(paths) <= limit for paths in packed):
+        return _mirrored(families, limit, most=len(packed)) or packed, True
     blocks: dict[int, _Paths] = {}
     for index, path in enumerate(flat):
         blocks.setdefault(path.z_offset, []).append((index, path))
@@ -338,20 +362,55 @@ def _families(flat: tuple[FlatPath, ...]) -> list[_Paths]:
     return [paths for _, _, paths in families]
 
 
+def _mirrored(families: list[_Paths], limit: int, *, most: int) -> list[_Paths] | None:
+    """Groups of families, mirror images next to each other; None where that takes more than ``most`` groups.
+
+    With both parities of a degree two families of paths differ in nothing but where their blocks and weights are.
+    Groups that are made alike from them share one code, which halves what has to be compiled.
+    """
+    kinds: dict[object, list[_Paths]] = {}
+    for paths in families:
+        ordered = sorted(paths, key=lambda entry: _shape(entry[1]))
+        x, z = ([getattr(path, name) for _, path in ordered] for name in ("x_offset", "z_offset"))
+        kind = tuple((_shape(path), x.index(path.x_offset), z.index(path.z_offset)) for _, path in ordered)
+        kinds.setdefault(kind, []).append(ordered)
+    pairs = [members for members in kinds.values() if len(members) == 2]
+    groups: list[_Paths] = []
+    for indices in _packed_indices([_width(first) for first, _ in pairs], limit):
+        groups += [[entry for index in indices for entry in pairs[index][image]] for image in (0, 1)]
+    groups += _packed([paths for members in kinds.values() if len(members) != 2 for paths in members], limit)
+    return groups if pairs and len(groups) <= most and most > 1 else None
+
+
+def _shape(path: FlatPath) -> tuple[float, ...]:
+    """All of a path but its places in x, z and the weights."""
+    return (
+        *(path.l1, path.l2, path.l3, path.mul, path.y_offset, path.y_stride),
+        *(path.w_stride, path.weighted, path.coefficient),
+    )
+
+
 def _width(paths: _Paths) -> int:
     return sum({path.z_offset: 2 * path.l3 + 1 for _, path in paths}.values())
 
 
 def _packed(parts: list[_Paths], limit: int) -> list[_Paths]:
     """Neighbouring parts joined while their outputs fit the limit."""
-    groups: list[_Paths] = []
+    return [
+        [entry for index in indices for entry in parts[index]]
+        for indices in _packed_indices([_width(paths) for paths in parts], limit)
+    ]
+
+
+def _packed_indices(widths: list[int], limit: int) -> list[list[int]]:
+    """The numbers of neighbouring parts that together stay within the limit."""
+    groups: list[list[int]] = []
     room = 0
-    for paths in parts:
-        size = _width(paths)
+    for index, size in enumerate(widths):
         if not groups or room < size:
             groups.append([])
             room = limit
-        groups[-1] = groups[-1] + paths
+        groups[-1].append(index)
         room -= size
     return groups
 
@@ -371,7 +430,7 @@ def _segment(
     x_used = z_used = m_used = 0
     load = [0] * warps
     planned = []
-    for index, path in paths:
+    for index, (_, path) in enumerate(paths):
         if path.x_offset not in x_slots:
             x_slots[path.x_offset] = Slot(
                 x_used, 2 * path.l1 + 1, path.mul, path.x_offset, path.x_offset not in written

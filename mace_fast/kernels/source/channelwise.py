@@ -62,8 +62,38 @@ def _terms(target: str, terms: list[str]) -> str:
     return f"{target} = {' + '.join(terms) if terms else '0'};"
 
 
-def _path_struct(path: PlannedPath, name: str, piece: int) -> str:
-    """The constants and the straight-line code of one path."""
+class _Places:
+    """Where the images of a segment have their blocks and weights: constants, and for all but the first image a shift that
+    is looked up. Paths with the same shift share it, so that one address serves them all."""
+
+    def __init__(self, images: int) -> None:
+        self.images = images
+        self.shifts: list[tuple[int, ...]] = []
+
+    def function(self, name: str, offsets: list[int]) -> str:
+        """A function of the image that gives its offset."""
+        if self.images == 1:
+            return f"MF_INLINE static constexpr int {name}(int) {{ return {offsets[0]}; }}"
+        shift = tuple(offset - offsets[0] for offset in offsets)
+        if shift not in self.shifts:
+            self.shifts.append(shift)
+        entry = f"shifts[image * SHIFTS + {self.shifts.index(shift)}]"
+        return f"MF_INLINE static int {name}(int image) {{ return {offsets[0]} + {entry}; }}"
+
+    def table(self) -> list[str]:
+        """What the functions look up, in constant memory: the image is the same for all threads of a block."""
+        if self.images == 1:
+            return []
+        rows = [", ".join(str(shift[image]) for shift in self.shifts) for image in range(self.images)]
+        return [
+            f"constexpr int SHIFTS = {len(self.shifts)};",
+            f"__constant__ int shifts[{self.images} * SHIFTS] = {{{',  '.join(rows)}}};",
+        ]
+
+
+def _path_struct(images: list[PlannedPath], name: str, places: _Places, piece: int) -> str:
+    """The constants and the straight-line code of one path, the same in all images of its segment."""
+    path = images[0]
     flat, structure = path.flat, of_path(path.flat)
 
     def y(j: int) -> int:
@@ -89,9 +119,9 @@ def _path_struct(path: PlannedPath, name: str, piece: int) -> str:
     products: dict[tuple[int, int], list[tuple[int, float]]] = {}
     for i, j, k, value in structure.triples:
         products.setdefault((i, k), []).append((j, value))
-    for (i, k), uses in products.items():
+    for (i, k), terms in products.items():
         gradient.append(f"{{ Y_ p; across(p, x[{i}], g[{k}]);")
-        gradient.extend(f"  multiply_add(dy[{y(j)}], p, {literal(value)});" for j, value in uses)
+        gradient.extend(f"  multiply_add(dy[{y(j)}], p, {literal(value)});" for j, value in terms)
         gradient.append("}")
     constants = {
         "INDEX": path.index,
@@ -100,23 +130,23 @@ def _path_struct(path: PlannedPath, name: str, piece: int) -> str:
         "MUL": flat.mul,
         "X": path.x,
         "DX": 2 * flat.l1 + 1,
-        "X_OFFSET": flat.x_offset,
         "Z": path.z,
         "DZ": 2 * flat.l3 + 1,
-        "Z_OFFSET": flat.z_offset,
         "Y": flat.y_offset,
         "DY": 2 * flat.l2 + 1,
         "Y_STRIDE": flat.y_stride,
         "M": path.m,
         "FORMS": len(structure.entries),
         "PADDED": path.padded,
-        "W": flat.w_offset,
         "W_STRIDE": flat.w_stride,
     }
     lines = [
         f"struct {name} {{  // l = {flat.l1} x {flat.l2} -> {flat.l3}",
         "    static constexpr int " + ", ".join(f"{key} = {value}" for key, value in constants.items()) + ";",
         f"    static constexpr bool WEIGHTED = {'true' if flat.weighted else 'false'};",
+        "    " + places.function("column", [image.flat.w_offset for image in images]),
+        "    " + places.function("x_offset", [image.flat.x_offset for image in images]),
+        "    " + places.function("z_offset", [image.flat.z_offset for image in images]),
         "    template <class V> MF_INLINE static void couple(const V* y, V* m) {",
         *indent(couple, 8),
         "    }",
@@ -134,38 +164,45 @@ def _path_struct(path: PlannedPath, name: str, piece: int) -> str:
     return "\n".join(lines)
 
 
-def _slot_struct(slot: Slot, name: str) -> str:
+def _slot_struct(images: list[Slot], name: str, places: _Places) -> str:
+    slot = images[0]
     return (
-        f"struct {name} {{ static constexpr int BASE = {slot.base}, DIM = {slot.dim}, MUL = {slot.mul}, "
-        f"OFFSET = {slot.offset}; static constexpr bool FRESH = {'true' if slot.fresh else 'false'}; }};"
+        f"struct {name} {{ static constexpr int BASE = {slot.base}, DIM = {slot.dim}, MUL = {slot.mul}; "
+        f"static constexpr bool FRESH = {'true' if slot.fresh else 'false'}; "
+        f"{places.function('offset', [image.offset for image in images])} }};"
     )
 
 
 def _segment_struct(
     number: int,
-    segment: SegmentPlan,
+    images: list[SegmentPlan],
     layout: ChannelwisePlan,
     description: ChannelwiseTensorProduct,
     tile: int,
     order: int,
 ) -> str:
-    parts = [f"namespace segment{number} {{"]
+    """``images``: segments that differ in nothing but the places of their blocks and weights."""
+    segment, places = images[0], _Places(len(images))
+    structs = []
     lists = {}
-    for kind, slots in (("X", segment.x), ("Z", segment.z)):
-        names = [f"{kind}{i}" for i in range(len(slots))]
-        parts += [_slot_struct(slot, name) for slot, name in zip(slots, names, strict=True)]
+    for kind in "XZ":
+        columns = list(zip(*(image.x if kind == "X" else image.z for image in images), strict=True))
+        names = [f"{kind}{i}" for i in range(len(columns))]
+        structs += [_slot_struct(list(slots), name, places) for slots, name in zip(columns, names, strict=True)]
         lists[kind] = ", ".join(names)
+    paths = zip(*(image.paths for image in images), strict=True)
     weighted = 0
-    for i, path in enumerate(segment.paths):
-        parts.append(_path_struct(path, f"Path{i}", weighted))
-        weighted += path.flat.weighted
+    for i, path in enumerate(paths):
+        structs.append(_path_struct(list(path), f"Path{i}", places, weighted))
+        weighted += path[0].flat.weighted
+    parts = [f"namespace segment{number} {{", *places.table(), *structs]
     lists["Paths"] = ", ".join(f"Path{i}" for i in range(len(segment.paths)))
     forms = sum(path.padded for path in segment.paths)
     constants = {
         "NX": segment.x_registers,
         "NZ": segment.z_registers,
         "NY": description.y_dim,
-        "NW": max(path.index for path in segment.paths) + 1,
+        "NW": len(segment.paths),
         "NUMEL": description.weight_numel,
         "FORMS": forms,
         "STRIDE": segment.stride,
@@ -212,6 +249,7 @@ def cuda_source(
     each segment, ``_0``, ``_1`` ..., where they have to follow one another. ``resident``: blocks that must fit on a
     multiprocessor, if it is not left to the compiler how many should."""
     layout = plan(description, item_bytes, variant.role, schedule)
+    segments = layout.segments
     ctype = _ctype(item_bytes)
     dual = "true" if variant.dual else "false"
     text = [
@@ -219,7 +257,17 @@ def cuda_source(
         f"namespace problem {{\ntypedef {ctype} T;",
         _USING,
         "template <class V> MF_INLINE V zero(V) { return V(); }",
-        *(_segment_struct(i, s, layout, description, s.tile, variant.order) for i, s in enumerate(layout.segments)),
+        *(
+            _segment_struct(
+                numbers[0],
+                [segments[n] for n in numbers],
+                layout,
+                description,
+                segments[numbers[0]].tile,
+                variant.order,
+            )
+            for numbers in layout.alike
+        ),
         "}  // namespace problem",
         "typedef problem::T T;",
     ]
@@ -235,8 +283,7 @@ def cuda_source(
         "tangent{x_tangent, y_tangent, w_tangent, x_row, y_row, w_row};",
         _SPLINE_SETUP,
     ]
-    numbers = range(len(layout.segments))
-    launches = [list(numbers)] if layout.together else [[number] for number in numbers]
+    launches = [layout.alike] if layout.together else [(numbers,) for numbers in layout.alike]
     entries = tuple(f"{variant.entry}_{launch}" for launch in range(len(launches)))
     bounds = str(layout.threads) if resident is None else f"{layout.threads}, {resident}"
     for entry, members in zip(entries, launches, strict=True):
@@ -249,16 +296,21 @@ def cuda_source(
         # Only where the weights of edges are not written may the gradients of edges be too many to write.
         stretch = "mf::Stretch{int(first), int(end)}, int(first)" if variant.order else "mf::AllEdges(), 0"
         calls = []
-        for place, number in enumerate(members):
-            segment = f"problem::segment{number}::Segment"
+        place = 0
+        for numbers in members:
+            segment = f"problem::segment{numbers[0]}::Segment"
+            image = f"int(blockIdx.z) - {place}"
             if variant.backward:
                 call = (
-                    f"mf::conv_backward<{segment}, {dual}, {_wants(variant)}>(graph, {stretch}, in, tangent, spline, g, g_row, "
-                    f"dx, dy, dw, edges, {number} * (long long)gridDim.y);"
+                    f"mf::conv_backward<{segment}, {dual}, {_wants(variant)}>(graph, {stretch}, in, tangent, spline, {image}, "
+                    f"g, g_row, dx, dy, dw, edges, ({numbers[0]} + {image}) * (long long)gridDim.y);"
                 )
             else:
-                call = f"mf::conv_forward<{segment}, {dual}>(graph, in, tangent, spline, z, partial, z_row);"
-            calls.append(f"    if (blockIdx.z == {place}) {call}")
+                call = f"mf::conv_forward<{segment}, {dual}>(graph, in, tangent, spline, {image}, z, partial, z_row);"
+            last = place + len(numbers) - 1
+            where = f"blockIdx.z == {place}" if len(numbers) == 1 else f"blockIdx.z >= {place} && blockIdx.z <= {last}"
+            calls.append(f"    if ({where}) {call}")
+            place += len(numbers)
         text += [
             f'extern "C" __global__ void __launch_bounds__({bounds}) {entry}({parameters}, {outputs}) {{',
             *(line.replace("<T>", f"<{ctype}>") for line in setup),
@@ -307,7 +359,7 @@ def cpu_source(description: ChannelwiseTensorProduct, item_bytes: int, variant: 
         f"namespace problem {{\ntypedef {ctype} T;",
         _USING,
         "template <class V> MF_INLINE V zero(V) { return V{}; }",
-        _segment_struct(0, merged, layout, description, CPU_TILE, variant.order),
+        _segment_struct(0, [merged], layout, description, CPU_TILE, variant.order),
         "}  // namespace problem",
         "typedef problem::T T;",
         f'extern "C" __attribute__((visibility("default"))) void {variant.entry}(const int* order, const int* row, '
@@ -329,7 +381,7 @@ def _one_segment(layout: ChannelwisePlan) -> SegmentPlan:
     """All segments as one, forms and registers renumbered: the CPU walks path by path and keeps only one in registers."""
     x: dict[int, Slot] = {}
     z: dict[int, Slot] = {}
-    paths = []
+    paths: list[PlannedPath] = []
     x_used = z_used = m_used = 0
     for segment in layout.segments:
         for slot in segment.x:
@@ -343,7 +395,7 @@ def _one_segment(layout: ChannelwisePlan) -> SegmentPlan:
             paths.append(
                 PlannedPath(
                     path.flat,
-                    path.index,
+                    len(paths),
                     x[path.flat.x_offset].base,
                     z[path.flat.z_offset].base,
                     m_used,

@@ -12,7 +12,8 @@
 // own. A window holds such edges of one receiver at most, since a second one would have to begin, and have `limit` edges
 // more, inside it. The sums of windows are added in order by overflow.cuh.
 //
-// `Segment` is generated: it lists the blocks of x and z, the paths with their straight-line code, and the sizes.
+// `Segment` is generated: it lists the blocks of x and z, the paths with their straight-line code, and the sizes. Of segments
+// that differ only in where blocks and weights are there is one, with several images, and places are looked up by image.
 // With DUAL the operands carry tangents and the results are the tangents of the results, nothing else.
 #pragma once
 #include "async_copy.cuh"
@@ -139,7 +140,7 @@ template <class S, bool DUAL> struct Ring {
     int w_offset[W_COPIES], x_offset[X_COPIES];  // of this lane's numbers in a row; negative: nothing to copy
     int slot;                                    // of the edge that is worked on next
 
-    MF_INLINE Ring(T* rings, int first_channel) {
+    MF_INLINE Ring(T* rings, int first_channel, int image) {
         const int lane = threadIdx.x & 31, mine = lane / LANES, channel = first_channel + lane % LANES * PACK;
         memory = rings + (threadIdx.x >> 5) * NUMBERS;
 #pragma unroll
@@ -147,7 +148,7 @@ template <class S, bool DUAL> struct Ring {
             w_offset[c] = -1;
             S::Paths::each([&](auto path) {
                 typedef decltype(path) Path;
-                if (Path::WEIGHTED && Path::PIECE == c * ABREAST + mine) w_offset[c] = Path::W + channel;
+                if (Path::WEIGHTED && Path::PIECE == c * ABREAST + mine) w_offset[c] = Path::column(image) + channel;
             });
         }
 #pragma unroll
@@ -157,7 +158,8 @@ template <class S, bool DUAL> struct Ring {
                 typedef decltype(block) Block;
 #pragma unroll
                 for (int i = 0; i < Block::DIM; ++i)
-                    if (Block::BASE + i == c * ABREAST + mine) x_offset[c] = Block::OFFSET + i * Block::MUL + channel;
+                    if (Block::BASE + i == c * ABREAST + mine)
+                        x_offset[c] = Block::offset(image) + i * Block::MUL + channel;
             });
         }
     }
@@ -324,7 +326,7 @@ template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
     MF_INLINE static C read(const T* at, bool active) { return active ? load(at, C()) : C(); }
 
     MF_INLINE void load_all(const Operands<T>& in, const Operands<T>& tangent, const Spline<T>& spline,
-                            const Shared<S, DUAL>& shared, int slot, int u) {
+                            const Shared<S, DUAL>& shared, int slot, int u, int image) {
         const index_t s = shared.sender[slot] * index_t(S::X_ROW) + u;
         const index_t e = shared.edge[slot] * in.w_row;
         S::X::each([&](auto block) {
@@ -332,7 +334,7 @@ template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
             const bool active = S::EXACT || u < Block::MUL;
 #pragma unroll
             for (int i = 0; i < Block::DIM; ++i) {
-                const index_t at = s + Block::OFFSET + i * Block::MUL;
+                const index_t at = s + Block::offset(image) + i * Block::MUL;
                 x[Block::BASE + i] =
                     Make<N>::of(read(in.x + at, active), read(tangent.x + at, DUAL && tangent.x && active));
             }
@@ -346,7 +348,7 @@ template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
         S::Paths::each([&](auto path) {
             typedef decltype(path) Path;
             const bool active = S::EXACT || u < Path::MUL;
-            const index_t column = Path::W + index_t(u) * Path::W_STRIDE;
+            const index_t column = Path::column(image) + index_t(u) * Path::W_STRIDE;
             if constexpr (!Path::WEIGHTED) {
                 C one;
                 fill(one, T(1));
@@ -381,8 +383,8 @@ template <class S> MF_INLINE Ids read_ids(const Graph& graph, index_t position, 
     return {int(e), int(graph.sender_of(e))};
 }
 
-template <class S, bool DUAL> MF_INLINE auto make_ring(const Shared<S, DUAL>& shared, int u) {
-    if constexpr (S::RING > 0) return Ring<S, DUAL>(shared.rings, u - (threadIdx.x & 31) * S::VEC);
+template <class S, bool DUAL> MF_INLINE auto make_ring(const Shared<S, DUAL>& shared, int u, int image) {
+    if constexpr (S::RING > 0) return Ring<S, DUAL>(shared.rings, u - (threadIdx.x & 31) * S::VEC, image);
     else return 0;
 }
 
@@ -406,7 +408,8 @@ struct Stretch {
 template <class S, bool DUAL, bool SLOPE, class Range, class Start, class Edge, class Finish, class Flush>
 MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Range& range,
                     const Operands<typename S::T>& in, const Operands<typename S::T>& tangent,
-                    const Spline<typename S::T>& spline, int u, Start start, Edge edge, Finish finish, Flush flush) {
+                    const Spline<typename S::T>& spline, int u, int image, Start start, Edge edge, Finish finish,
+                    Flush flush) {
     const index_t group = index_t(blockIdx.x) * blockDim.y + threadIdx.y;
     const index_t window = group < graph.groups ? -1 : group - graph.groups;
     index_t first, last, position, end;
@@ -432,7 +435,7 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ran
     EdgeOperands<S, DUAL, SLOPE> current, next;
     Ids ids, next_ids;  // of the tile's edges and of the next tile's, one edge a lane
     bool flowing = false;
-    auto ring = make_ring<S, DUAL>(shared, u);
+    auto ring = make_ring<S, DUAL>(shared, u, image);
     for (index_t n = first; n < last; ++n) {
         const index_t row_end = window < 0 ? range.upto(graph.begin(n + 1)) : end;
         const index_t row_begin = window < 0 ? range.opened(graph, n, position) : position;
@@ -459,7 +462,7 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ran
                     next_ids = read_ids<S>(graph, tile_end, end);
                 }
                 couple_tile<S, DUAL>(shared, graph, in, tangent.y, spline, position, int(tile_end - tile_begin));
-                if (S::PREFETCH) current.load_all(in, tangent, spline, shared, 0, u);
+                if (S::PREFETCH) current.load_all(in, tangent, spline, shared, 0, u, image);
             }
             const index_t tile_stop = stop < tile_end ? stop : tile_end;
             for (; position < tile_stop; ++position) {
@@ -475,9 +478,9 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ran
                     current.load_from(ring, DUAL && tangent.x, DUAL && tangent.w);
                     ring.advance();
                 } else if (!S::PREFETCH) {
-                    current.load_all(in, tangent, spline, shared, slot, u);
+                    current.load_all(in, tangent, spline, shared, slot, u, image);
                 }
-                if (S::PREFETCH && position + 1 < tile_end) next.load_all(in, tangent, spline, shared, slot + 1, u);
+                if (S::PREFETCH && position + 1 < tile_end) next.load_all(in, tangent, spline, shared, slot + 1, u, image);
                 edge(slot, current);
                 if (S::PREFETCH) current = next;
             }
@@ -495,7 +498,7 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ran
 // z, or with DUAL its tangent; the sums of windows go to their rows of `partial`.
 template <class S, bool DUAL>
 MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& in,
-                            const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline,
+                            const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline, int image,
                             typename S::T* z, typename S::T* partial, index_t z_row) {
     typedef typename S::T T;
     typedef EdgeOperands<S, DUAL, false> Edge;
@@ -507,7 +510,7 @@ MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& i
     const T zero = graph.poison ? T(*graph.poison) : T(0);
     N sum[S::NZ];
     walk<S, DUAL, false>(
-        shared, graph, AllEdges(), in, tangent, spline, u,
+        shared, graph, AllEdges(), in, tangent, spline, u, image,
         [&](index_t) {
 #pragma unroll
             for (int k = 0; k < S::NZ; ++k) fill(sum[k], zero);
@@ -533,7 +536,7 @@ MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& i
                 if (S::EXACT || u < Slot::MUL) {
 #pragma unroll
                     for (int k = 0; k < Slot::DIM; ++k)
-                        store(row + Slot::OFFSET + k * Slot::MUL, result_of(sum[Slot::BASE + k]));
+                        store(row + Slot::offset(image) + k * Slot::MUL, result_of(sum[Slot::BASE + k]));
                 }
             });
         },
@@ -564,7 +567,7 @@ template <int COUNT, int BIT = 16, class T> MF_INLINE void sum_over_lanes(T* val
 // Segments and blocks of channels write their shares of dy one after the other, [part][edge][OUT].
 template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W, class Range>
 MF_INLINE void conv_backward(const Graph& graph, const Range& range, int first, const Operands<typename S::T>& in,
-                             const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline,
+                             const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline, int image,
                              const typename S::T* g, index_t g_row, typename S::T* dx, typename S::T* dy,
                              typename S::T* dw, index_t edges, index_t part) {
     typedef typename S::T T;
@@ -582,7 +585,7 @@ MF_INLINE void conv_backward(const Graph& graph, const Range& range, int first, 
     T* dy_part = dy + (part + blockIdx.y) * edges * S::OUT;
     C grad[S::NZ];
     walk<S, DUAL, SPLINE>(
-        shared, graph, range, in, tangent, spline, u,
+        shared, graph, range, in, tangent, spline, u, image,
         [&](index_t n) {
             const T* row = g + n * g_row + u;
             S::Z::each([&](auto slot) {
@@ -590,7 +593,7 @@ MF_INLINE void conv_backward(const Graph& graph, const Range& range, int first, 
 #pragma unroll
                 for (int k = 0; k < Slot::DIM; ++k)
                     grad[Slot::BASE + k] =
-                        Edge::read(row + Slot::OFFSET + k * Slot::MUL, S::EXACT || u < Slot::MUL);
+                        Edge::read(row + Slot::offset(image) + k * Slot::MUL, S::EXACT || u < Slot::MUL);
             });
         },
         [&](int slot, const Edge& operands) {
@@ -623,7 +626,7 @@ MF_INLINE void conv_backward(const Graph& graph, const Range& range, int first, 
                     for (int i = 1; i < Path::DX; ++i) multiply_add(sum, operands.x[Path::X + i], t[i]);
                     if constexpr (SPLINE) add_across(radius_grad, operands.slope[Path::INDEX], result_of(sum));
                     else if (S::EXACT || u < Path::MUL)
-                        store(dw_row + Path::W + index_t(u) * Path::W_STRIDE, result_of(sum));
+                        store(dw_row + Path::column(image) + index_t(u) * Path::W_STRIDE, result_of(sum));
                 }
                 if (WANT_Y) {
                     N wx[Path::DX];
@@ -639,7 +642,7 @@ MF_INLINE void conv_backward(const Graph& graph, const Range& range, int first, 
                     if (S::EXACT || u < Block::MUL) {
 #pragma unroll
                         for (int i = 0; i < Block::DIM; ++i) {
-                            T* target = row + Block::OFFSET + i * Block::MUL;
+                            T* target = row + Block::offset(image) + i * Block::MUL;
                             C value = result_of(x_grad[Block::BASE + i]);
                             if constexpr (!Block::FRESH) multiply_add(value, *reinterpret_cast<const C*>(target), T(1));
                             store(target, value);

@@ -136,7 +136,7 @@ MF_INLINE void each_receiver(const Graph& graph, int threads, Body&& body) {
 template <class S, class Path, class T, class TileT, class L>
 MF_INLINE void read_coefficients(const Spline<T>& spline, const TileT& tile, const L& lanes, int t, int u,
                                  typename L::V (&c)[S::ORDER]) {
-    const T* row = spline.rows + tile.interval[t] * S::ORDER * S::NUMEL + Path::W + index_t(u) * Path::W_STRIDE;
+    const T* row = spline.rows + tile.interval[t] * S::ORDER * S::NUMEL + Path::column(0) + index_t(u) * Path::W_STRIDE;
     for (int q = 0; q < S::ORDER; ++q) c[q] = lanes.load(row + q * index_t(S::NUMEL), Path::W_STRIDE);
 }
 
@@ -149,7 +149,7 @@ MF_INLINE void load_operands(const Operands<T>& in, const Operands<T>& tangent, 
     typedef typename L::V V;
     typedef typename NumberOf<DUAL, V>::type N;
     for (int i = 0; i < Path::DX; ++i) {
-        const index_t at = tile.sender[t] * in.x_row + Path::X_OFFSET + i * Path::MUL + u;
+        const index_t at = tile.sender[t] * in.x_row + Path::x_offset(0) + i * Path::MUL + u;
         x[i] = Make<N>::of(lanes.load(in.x + at), DUAL ? lanes.load_or_zero(tangent.x, at) : V{});
     }
     if constexpr (!Path::WEIGHTED) {
@@ -159,7 +159,7 @@ MF_INLINE void load_operands(const Operands<T>& in, const Operands<T>& tangent, 
         read_coefficients<S, Path>(spline, tile, lanes, t, u, c);
         w = Make<N>::of(spline_value<S::ORDER>(c, tile.place[t]), V{});
     } else {
-        const index_t at = tile.edge[t] * in.w_row + Path::W + index_t(u) * Path::W_STRIDE;
+        const index_t at = tile.edge[t] * in.w_row + Path::column(0) + index_t(u) * Path::W_STRIDE;
         w = Make<N>::of(lanes.load(in.w + at, Path::W_STRIDE),
                         DUAL ? lanes.load_or_zero(tangent.w, at, Path::W_STRIDE) : V{});
     }
@@ -182,7 +182,7 @@ void conv_forward(const Graph& graph, const Operands<typename S::T>& in, const O
                 each_vector<T>(Path::MUL, [&](int u, auto lanes) {
                     N sum[Path::DZ];
                     for (int k = 0; k < Path::DZ; ++k) {
-                        const V old = lanes.load(row + Path::Z_OFFSET + k * Path::MUL + u);
+                        const V old = lanes.load(row + Path::z_offset(0) + k * Path::MUL + u);
                         sum[k] = Make<N>::of(old, old);
                     }
                     for (int t = 0; t < tile.count; ++t) {
@@ -194,7 +194,7 @@ void conv_forward(const Graph& graph, const Operands<typename S::T>& in, const O
                         Path::forward(x, m, sum);
                     }
                     for (int k = 0; k < Path::DZ; ++k)
-                        lanes.store(row + Path::Z_OFFSET + k * Path::MUL + u, result_of(sum[k]));
+                        lanes.store(row + Path::z_offset(0) + k * Path::MUL + u, result_of(sum[k]));
                 });
             });
         }
@@ -229,7 +229,7 @@ void conv_backward(const Graph& graph, const Operands<typename S::T>& in, const 
                 typedef decltype(path) Path;
                 each_vector<T>(Path::MUL, [&](int u, auto lanes) {
                     V grad[Path::DZ];
-                    for (int k = 0; k < Path::DZ; ++k) grad[k] = lanes.load(grad_row + Path::Z_OFFSET + k * Path::MUL + u);
+                    for (int k = 0; k < Path::DZ; ++k) grad[k] = lanes.load(grad_row + Path::z_offset(0) + k * Path::MUL + u);
                     for (int t = 0; t < tile.count; ++t) {
                         const index_t e = tile.edge[t];
                         N x[Path::DX], w, m[Path::FORMS], form_grad[Path::DX];
@@ -240,7 +240,7 @@ void conv_backward(const Graph& graph, const Operands<typename S::T>& in, const 
                         }
                         if (WANT_X) {
                             for (int i = 0; i < Path::DX; ++i) {
-                                T* target = dx + (e - first) * in.x_row + Path::X_OFFSET + i * Path::MUL + u;
+                                T* target = dx + (e - first) * in.x_row + Path::x_offset(0) + i * Path::MUL + u;
                                 lanes.store(target, lanes.load(target) + result_of(w * form_grad[i]));
                             }
                         }
@@ -252,7 +252,7 @@ void conv_backward(const Graph& graph, const Operands<typename S::T>& in, const 
                                 read_coefficients<S, Path>(spline, tile, lanes, t, u, c);
                                 y_sum[WANT_Y ? t : 0][S::NY] +=
                                     result_of(sum) * (spline_slope<S::ORDER>(c, tile.place[t]) * spline.per_length);
-                            } else lanes.store(dw + e * S::NUMEL + Path::W + index_t(u) * Path::W_STRIDE, result_of(sum),
+                            } else lanes.store(dw + e * S::NUMEL + Path::column(0) + index_t(u) * Path::W_STRIDE, result_of(sum),
                                         Path::W_STRIDE);
                         }
                         if (WANT_Y) {
