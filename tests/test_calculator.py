@@ -16,7 +16,7 @@ from ase.calculators.calculator import Calculator
 from ase.constraints import FixAtoms
 from mace.calculators import MACECalculator
 
-import mace_fast.calculators.ase as calculator_module
+import mace_fast.calculators.models as models_module
 from mace_fast import freeze, zoo
 from mace_fast.calculators import MACEFastCalculator
 from mace_fast.errors import MissingToolError, ModelFileError, StructureError, UnsupportedModuleError
@@ -423,14 +423,14 @@ def test_verify_is_passed_on(
 ) -> None:
     asked: list[Any] = []
     for name in ("convert", "patch"):
-        original = getattr(calculator_module, name)
+        original = getattr(models_module, name)
 
         def record(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
             asked.append(kwargs["verify"])
             return _original(*args, **{**kwargs, "verify": False})
 
-        monkeypatch.setattr(calculator_module, name, record)
-    monkeypatch.setattr(calculator_module, "verify_frozen", lambda model, program: asked.append("frozen") or Passed())
+        monkeypatch.setattr(models_module, name, record)
+    monkeypatch.setattr(models_module, "verify_frozen", lambda model, program: asked.append("frozen") or Passed())
     MACEFastCalculator(models=model, verify=verify)
     MACEFastCalculator(model_file, verify=verify)
     assert asked == ([True, "frozen"] * 2 if verify else [False, False])

@@ -4,14 +4,9 @@ models.
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from glob import glob
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,32 +14,19 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from mace.modules import MACE
-from mace.modules.utils import extract_invariant
 
 from mace_fast.calculators.batches import evaluate_batch, pack
+from mace_fast.calculators.derived import descriptors, fresh, hessian
 from mace_fast.calculators.graph import GraphBuilder
+from mace_fast.calculators.models import choose_head, converted_models, frozen_program, require_one_committee
 from mace_fast.calculators.results import ase_results, require_finite, total_energy
-from mace_fast.calculators.snapshot import Snapshot
-from mace_fast.errors import StructureError, UnsupportedModuleError
-from mace_fast.inference import FrozenMACE, Stepper, Structures, verify_frozen
-from mace_fast.inference.arrays import fingerprint, same
+from mace_fast.calculators.snapshot import Snapshot, changes_since
+from mace_fast.calculators.wanted import Wanted
+from mace_fast.errors import StructureError
+from mace_fast.inference import FrozenMACE, Stepper, Structures
+from mace_fast.inference.arrays import fingerprint
 from mace_fast.inference.stepper import DEFAULT_SKIN
-from mace_fast.loading import (
-    load_model,
-    model_dtype,
-    public_models,
-    require_energy_model,
-    resolve_device,
-    resolve_dtype,
-)
-from mace_fast.patch.api import convert, patch
-
-logger = logging.getLogger(__name__)
-
-# What must be evaluated for each property that ASE asks for; the energy comes with everything.
-_FORCES = frozenset({"forces", "forces_comm"})
-_STRESS = frozenset({"stress", "stress_var"})
-_ATOMIC_STRESSES = frozenset({"stresses", "virials"})
+from mace_fast.loading import model_dtype, resolve_device, resolve_dtype
 
 _ATOMS_PER_BATCH = {"cuda": 2048, "cpu": 256}
 _OTHER_MODEL_TYPES = frozenset({"DipoleMACE", "EnergyDipoleMACE", "DipolePolarizabilityMACE", "PolarMACE"})
@@ -172,12 +154,12 @@ class MACEFastCalculator(Calculator):
             raise ValueError("give exactly one of 'model_paths' and 'models'")
 
         self.device = resolve_device(device)
-        self.models: list[MACE] = _converted_models(
+        self.models: list[MACE] = converted_models(
             model_paths, models, self.device, resolve_dtype(default_dtype), verify
         )
         self.num_models = len(self.models)
-        self._programs = [_frozen_program(model, verify) if frozen else model for model in self.models]
-        _require_one_committee(self.models)
+        self._programs = [frozen_program(model, verify) if frozen else model for model in self.models]
+        require_one_committee(self.models)
         self.stepper: Stepper | None = None
         self._batches: Stepper | None = None
         programs = [program for program in self._programs if isinstance(program, FrozenMACE)]
@@ -202,7 +184,7 @@ class MACEFastCalculator(Calculator):
         self.default_dtype = str(model_dtype(first)).removeprefix("torch.")
         self.r_max = float(first.r_max)
         self.available_heads: list[str] = list(first.heads)
-        self.head = _choose_head(head, self.available_heads)
+        self.head = choose_head(head, self.available_heads)
         self._build_graph = GraphBuilder(
             atomic_numbers=[int(z) for z in first.atomic_numbers],
             cutoff=self.r_max,
@@ -241,7 +223,7 @@ class MACEFastCalculator(Calculator):
         """
         # ASE compares with a tolerance, which takes longer than all else that a step does on the host.
         last = self._last
-        changes: list[str] = super().check_state(atoms, tol=tol) if tol > 1e-15 else _changes(last, atoms)
+        changes: list[str] = super().check_state(atoms, tol=tol) if tol > 1e-15 else changes_since(last, atoms)
         if not changes and last is not None:
             for name, spec in self._build_graph.feature_specs.items():
                 per_atom = spec["per"] == "atom"
@@ -274,7 +256,7 @@ class MACEFastCalculator(Calculator):
             self._asked_before, self._asked = self._asked, frozenset()
         self._asked |= asked
         wanted = self._asked | self._asked_before
-        outputs = self._evaluate(atoms, _Wanted.of(wanted, self.compute_atomic_stresses))
+        outputs = self._evaluate(atoms, Wanted.of(wanted, self.compute_atomic_stresses))
         self.results = self.results | self._results(outputs, atoms)
 
     def forget_lists(self) -> None:
@@ -309,7 +291,7 @@ class MACEFastCalculator(Calculator):
             raise PropertyNotImplementedError(
                 f"{', '.join(unknown)}: this model has {', '.join(self.implemented_properties)}"
             )
-        wanted = _Wanted.of(asked, self.compute_atomic_stresses)
+        wanted = Wanted.of(asked, self.compute_atomic_stresses)
         given = list(structures)
         if self.stepper is None or wanted.atomic_stresses:
             return [self._results(self._evaluate_graph(atoms, wanted), atoms) for atoms in given]
@@ -340,17 +322,7 @@ class MACEFastCalculator(Calculator):
         committee.
         """
         graph = self._build_graph(self._atoms(atoms))
-        hessians = []
-        for model in self.models:
-            data = _fresh(graph)
-            positions = data["positions"]
-            with torch.enable_grad():
-                forces = model(data, training=True, compute_force=True)["forces"]
-            rows = [
-                torch.autograd.grad(-component, positions, retain_graph=True)[0].cpu().numpy()
-                for component in forces.reshape(-1)
-            ]
-            hessians.append(np.stack(rows))
+        hessians = [hessian(model, graph) for model in self.models]
         return hessians[0] if self.num_models == 1 else hessians
 
     def get_descriptors(
@@ -363,20 +335,7 @@ class MACEFastCalculator(Calculator):
             num_layers: how many layers, from the first; -1 for all.
         """
         graph = self._build_graph(self._atoms(atoms))
-        with torch.no_grad():
-            descriptors = [model(_fresh(graph), compute_force=False)["node_feats"] for model in self.models]
-        # The columns follow MACECalculator.get_descriptors: every layer as wide as the first, the last one
-        # its scalars.
-        num_interactions = int(self.models[0].num_interactions)
-        layers = num_interactions if num_layers == -1 else num_layers
-        irreps = self.models[0].products[0].linear.irreps_out
-        scalars = irreps.dim // (irreps.lmax + 1) ** 2
-        widths = [irreps.dim] * (num_interactions - 1) + [scalars]
-        if invariants_only:
-            descriptors = [
-                extract_invariant(d, num_layers=layers, num_features=scalars, l_max=irreps.lmax) for d in descriptors
-            ]
-        arrays = [d[:, : sum(widths[:layers])].cpu().numpy() for d in descriptors]
+        arrays = descriptors(self.models, graph, invariants_only, num_layers)
         return arrays[0] if self.num_models == 1 else arrays
 
     def _atoms(self, atoms: Atoms | None) -> Atoms:
@@ -384,21 +343,21 @@ class MACEFastCalculator(Calculator):
             raise ValueError("no atoms are given, and none were calculated before")
         return self.atoms if atoms is None else atoms
 
-    def _evaluate(self, atoms: Atoms, wanted: _Wanted) -> dict[str, np.ndarray]:
+    def _evaluate(self, atoms: Atoms, wanted: Wanted) -> dict[str, np.ndarray]:
         """What the models give, float64, first axis the model, in the models' units."""
         if self.stepper is None or wanted.atomic_stresses:
             return self._evaluate_graph(atoms, wanted)
         found = self.stepper(self._build_graph.read(atoms), forces=wanted.forces, stress=wanted.stress)
         return self._together(found, wanted)
 
-    def _evaluate_graph(self, atoms: Atoms, wanted: _Wanted) -> dict[str, np.ndarray]:
+    def _evaluate_graph(self, atoms: Atoms, wanted: Wanted) -> dict[str, np.ndarray]:
         """By the models' own forward, with a neighbour list of this step."""
         graph = self._build_graph(atoms)
         found = []
         for program in self._programs:
             with torch.set_grad_enabled(wanted.forces):
                 out = program(
-                    _fresh(graph),
+                    fresh(graph),
                     compute_force=wanted.forces,
                     compute_stress=wanted.stress,
                     compute_edge_forces=wanted.atomic_stresses,
@@ -408,7 +367,7 @@ class MACEFastCalculator(Calculator):
             found.append({name: value.detach().cpu().numpy().astype(np.float64) for name, value in tensors.items()})
         return self._together(found, wanted)
 
-    def _together(self, found: Sequence[Mapping[str, np.ndarray]], wanted: _Wanted) -> dict[str, np.ndarray]:
+    def _together(self, found: Sequence[Mapping[str, np.ndarray]], wanted: Wanted) -> dict[str, np.ndarray]:
         """One structure's outputs of the models, stacked; views where there is one model."""
         names = wanted.names
         if len(found) == 1:
@@ -441,53 +400,6 @@ class MACEFastCalculator(Calculator):
         )
 
 
-def _changes(old: Snapshot | Atoms | None, new: Atoms) -> list[str]:
-    """What ASE's ``compare_atoms`` names, for exact comparison."""
-    if old is None:
-        return list(all_changes)
-    changes = [name for name in ("positions", "numbers") if not same(old.arrays[name], new.arrays[name])]
-    changes += [] if same(old.cell.array, new.cell.array) else ["cell"]
-    changes += [] if same(old.pbc, new.pbc) else ["pbc"]
-    for name in ("initial_charges", "initial_magmoms"):
-        before, now = old.arrays.get(name), new.arrays.get(name)
-        if before is None and now is None:
-            continue
-        if before is None or now is None or not same(before, now):
-            changes.append(name)
-    return changes
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What is to be evaluated beside the energies."""
-
-    forces: bool
-    stress: bool
-    atomic_stresses: bool
-
-    @staticmethod
-    @lru_cache(maxsize=64)  # a step asks for what the last one asked for
-    def of(properties: frozenset[str], offers_atomic_stresses: bool) -> _Wanted:
-        atomic_stresses = offers_atomic_stresses and bool(properties & _ATOMIC_STRESSES)
-        stress = bool(properties & _STRESS)
-        return _Wanted(stress or atomic_stresses or bool(properties & _FORCES), stress, atomic_stresses)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the outputs of a model, without the energy."""
-        return (
-            "node_energy",
-            *(("forces",) if self.forces else ()),
-            *(("stress",) if self.stress else ()),
-            *(("atomic_stresses", "atomic_virials") if self.atomic_stresses else ()),
-        )
-
-
-def _fresh(graph: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A copy that a model may write into, as MACE's forward does; positions are a leaf of their own."""
-    return {**graph, "positions": graph["positions"].detach().clone()}
-
-
 def _warn_of_other_accelerators(**settings: Any) -> None:
     given = [name for name, value in settings.items() if value]
     if given:
@@ -496,77 +408,3 @@ def _warn_of_other_accelerators(**settings: Any) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-def _choose_head(head: str | None, available: list[str]) -> str:
-    if head is None:
-        defaults = available if len(available) == 1 else [name for name in available if name.lower() == "default"]
-        if not defaults:
-            raise ValueError(f"the model has several heads and none is called default: give head= one of {available}")
-        return defaults[0]
-    if head not in available:
-        raise ValueError(f"head={head!r}: the model's heads are {available}")
-    return head
-
-
-def _expand_paths(model_paths: Any) -> list[str | os.PathLike[str]]:
-    if isinstance(model_paths, str):
-        if model_paths in public_models() or Path(model_paths).exists():
-            return [model_paths]
-        matches: list[str | os.PathLike[str]] = [*sorted(glob(model_paths))]
-        return matches or [model_paths]  # loading says what is wrong with a path that matches nothing
-    if isinstance(model_paths, os.PathLike):
-        return [model_paths]
-    return list(model_paths)
-
-
-def _converted_models(
-    model_paths: Any, models: Any, device: torch.device, dtype: torch.dtype | None, verify: bool
-) -> list[MACE]:
-    if models is not None:
-        given = [models] if isinstance(models, torch.nn.Module) else list(models)
-        given = [model.converted if isinstance(model, FrozenMACE) else model for model in given]
-        converted = [
-            convert(require_energy_model(load_model(model)), verify=verify, dtype=dtype, device=device)
-            for model in given
-        ]
-    else:
-        paths = _expand_paths(model_paths)
-        loaded = [require_energy_model(load_model(path, device, dtype)) for path in paths]
-        converted = [patch(model, verify=verify) for model in loaded]  # nobody else has these: no copy needed
-    if not converted:
-        raise ValueError("no model is given")
-    for model in converted:
-        model.requires_grad_(False)
-    return converted
-
-
-def _frozen_program(model: MACE, verify: bool) -> torch.nn.Module:
-    """The program of a converted model; the model itself, with a warning, where it has none."""
-    try:
-        program = FrozenMACE(model)
-        if verify:
-            verify_frozen(model, program).raise_if_failed()
-    except UnsupportedModuleError as exc:
-        warnings.warn(
-            f"slower than it could be: the model has no frozen form, and its converted form is evaluated ({exc}). "
-            "frozen=False asks for that",
-            UserWarning,
-            stacklevel=3,
-        )
-        return model
-    return program
-
-
-def _require_one_committee(models: Sequence[MACE]) -> None:
-    """A committee shares one graph, so its members must agree on what goes into it."""
-    for name in ("r_max", "atomic_numbers"):
-        values = [getattr(model, name).tolist() for model in models]
-        if any(value != values[0] for value in values):
-            raise ValueError(f"the models of a committee must have the same {name}, and have {values}")
-    for name, values in (
-        ("heads", [list(model.heads) for model in models]),
-        ("dtype", [model_dtype(model) for model in models]),
-    ):
-        if any(value != values[0] for value in values):
-            raise ValueError(f"the models of a committee must have the same {name}, and have {values}")

@@ -1,10 +1,13 @@
-"""The atoms of the last results, kept at every step and asked for rarely."""
+"""The atoms of the last results, kept at every step and asked for rarely, and what changed since."""
 
 from __future__ import annotations
 
 import copy
 
 from ase import Atoms
+from ase.calculators.calculator import all_changes
+
+from mace_fast.inference.arrays import same
 
 
 class Snapshot:
@@ -31,3 +34,19 @@ class Snapshot:
         atoms.arrays = self.arrays
         atoms.constraints = self._constraints
         return atoms
+
+
+def changes_since(old: Snapshot | Atoms | None, new: Atoms) -> list[str]:
+    """What ASE's ``compare_atoms`` names, for exact comparison."""
+    if old is None:
+        return list(all_changes)
+    changes = [name for name in ("positions", "numbers") if not same(old.arrays[name], new.arrays[name])]
+    changes += [] if same(old.cell.array, new.cell.array) else ["cell"]
+    changes += [] if same(old.pbc, new.pbc) else ["pbc"]
+    for name in ("initial_charges", "initial_magmoms"):
+        before, now = old.arrays.get(name), new.arrays.get(name)
+        if before is None and now is None:
+            continue
+        if before is None or now is None or not same(before, now):
+            changes.append(name)
+    return changes
