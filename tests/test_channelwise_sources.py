@@ -27,7 +27,6 @@ WIDEST = [
     (0, "spline backward"),
     (1, "spline backward"),
     (2, "forward"),
-    (2, "backward"),
     (2, "backward of tangents"),
     (2, "spline backward"),
 ]

@@ -149,8 +149,11 @@ def test_errors_name_the_argument(seed: int) -> None:
         segment_gather(values[:2], lists._replace(ids=index + 1))
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
-@pytest.mark.parametrize("ids", IDS)
+@pytest.mark.parametrize(
+    ("arch", "ids"),
+    [(arch, ids) for arch in ("sm_80", "sm_90", "sm_100") for ids in IDS]
+    + [(arch, "int32") for arch in ("sm_86", "sm_89", "sm_120")],
+)
 def test_cuda_text_compiles_without_spills(arch: str, ids: str) -> None:
     for source in (*(segment_cuda(values, ids) for values in FLOATS), segment_lists_cuda(ids)):
         for entry, resources in compile_cuda(source, arch).resources.items():
