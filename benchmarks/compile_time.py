@@ -8,6 +8,10 @@ frozen one, evaluated on eight atoms; seconds are those spent compiling or loadi
 sources that the same calls would load on a GPU, compiled by NVRTC, which needs none, for ``--arch``, one after the
 other as a first call does; loading is reading machine code from the cache. ``cpu_s`` is processor time, which a busy
 machine changes less than the wall time.
+
+``conv``: the four kernels of each convolution problem of benchmarks/problems.py (the product, its gradients, and both
+with tangents, for second derivatives), compiled side by side as ``prepare_channelwise`` does it; with the registers and
+the bytes of spilled stores of each.
 """
 
 from __future__ import annotations
@@ -28,12 +32,14 @@ os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # e3nn 0.4 under
 
 import torch
 
+from benchmarks.problems import PROBLEMS, TABLE
 from benchmarks.timing import device_name
 from mace_fast import convert, zoo
 from mace_fast.files import published
 from mace_fast.inference import FrozenMACE
-from mace_fast.kernels.build import CpuSource, CudaSource, compile_cuda
+from mace_fast.kernels.build import CpuSource, CudaSource, compile_cuda, compile_cuda_all
 from mace_fast.kernels.ops import channelwise, harmonics, linear, linear_cuda, segment, symmetric
+from mace_fast.kernels.source.channelwise import PASSES, cuda_source
 from mace_fast.kernels.source.segment import segment_lists_cuda
 
 _MODULES = (channelwise, harmonics, linear, linear_cuda, segment, symmetric)
@@ -139,11 +145,27 @@ def cuda_row(model_name: str, form: str, dtype: torch.dtype, arch: str) -> dict[
     return clock.row()
 
 
+def conv_row(problem: str, dtype: torch.dtype, arch: str) -> dict[str, Any]:
+    """Times of NVRTC for one convolution, and what its kernels use."""
+    sources = [cuda_source(PROBLEMS[problem].description(), dtype.itemsize, variant) for variant in PASSES]
+    wall, cpu = time.perf_counter(), _processor_time()
+    compiled = compile_cuda_all(sources, arch)
+    used = [max(c.resources.values(), key=lambda r: r.registers) for c in compiled]
+    return {
+        "sources": len(sources),
+        "wall_s": round(time.perf_counter() - wall, 3),
+        "cpu_s": round(_processor_time() - cpu, 3),
+        "registers": [r.registers for r in used],
+        "spill_stores": [sum(r.spill_stores for r in c.resources.values()) for c in compiled],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mp0-medium", help="a name of mace_fast.zoo.architectures()")
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
+    parser.add_argument("--kinds", nargs="+", default=["cpu", "cuda", "conv"], choices=["cpu", "cuda", "conv"])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--row", nargs=2, metavar=("KIND", "FORM"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -152,12 +174,15 @@ def main() -> None:
         kind, form = arguments.row
         if kind == "cpu":
             print(json.dumps(cpu_row(arguments.model, form, dtype)))
-        else:
+        elif kind == "cuda":
             print(json.dumps(cuda_row(arguments.model, form, dtype, arguments.arch)))
+        else:
+            print(json.dumps(conv_row(form, dtype, arguments.arch)))
         return
     rows = []
-    for kind in ("cpu", "cuda"):
-        for form in ("converted", "frozen"):
+    forms = {"cpu": ["converted", "frozen"], "cuda": ["converted", "frozen"], "conv": list(TABLE)}
+    for kind in arguments.kinds:
+        for form in forms[kind]:
             with tempfile.TemporaryDirectory() as cache:
                 for state in ("cold", "cached"):
                     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.compile_time", "--row", kind, form]

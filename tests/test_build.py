@@ -25,6 +25,7 @@ from mace_fast.kernels.build import (
     KernelResources,
     compile_cpu,
     compile_cuda,
+    compile_cuda_all,
     cpu_available,
     cpu_threads,
     host,
@@ -46,6 +47,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 # --- CUDA: compiling
+
+
+def test_cuda_compiles_several_at_once() -> None:
+    others = [replace(AXPY_CUDA, options=(f"-DNUMBER={number}",)) for number in range(3)]
+    compiled = compile_cuda_all(others, "sm_90")
+    assert [c.cubin for c in compiled] == [compile_cuda(source, "sm_90").cubin for source in others]
+    assert not any(c.from_cache for c in compiled) and compile_cuda(others[0], "sm_90").from_cache
+    assert compile_cuda_all([], "sm_90") == []
+    broken = replace(AXPY_CUDA, name="broken", text="nonsense")
+    with pytest.raises(BuildError, match="broken"):
+        compile_cuda_all([others[0], broken], "sm_90")
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_90a"])

@@ -8,8 +8,8 @@ from __future__ import annotations
 from mace_fast.kernels.build.arguments import Float32, Int32
 from mace_fast.kernels.build.cache import default_cache_dir
 from mace_fast.kernels.build.host import CompiledCpu, compile_cpu, cpu_available, cpu_threads, load_cpu
-from mace_fast.kernels.build.launch import CudaModule, architecture, load_cuda, on_gpu
-from mace_fast.kernels.build.nvrtc import CompiledCuda, compile_cuda
+from mace_fast.kernels.build.launch import CudaModule, architecture, cuda_index, load_cuda, on_gpu
+from mace_fast.kernels.build.nvrtc import CompiledCuda, compile_cuda, compile_cuda_all
 from mace_fast.kernels.build.resources import KernelResources
 from mace_fast.kernels.build.sources import CpuSource, CudaSource
 
@@ -25,8 +25,10 @@ __all__ = [
     "architecture",
     "compile_cpu",
     "compile_cuda",
+    "compile_cuda_all",
     "cpu_available",
     "cpu_threads",
+    "cuda_index",
     "default_cache_dir",
     "load_cpu",
     "load_cuda",

@@ -235,6 +235,11 @@ def load_cuda(source: CudaSource, device: torch.device | str) -> CudaModule:
     Raises MissingToolError without a GPU, a driver or NVRTC, BuildError if the source does not compile or
     load, ValueError for a device that is not a CUDA device of this machine.
     """
+    return _load(source, cuda_index(device))
+
+
+def cuda_index(device: torch.device | str) -> int:
+    """Which CUDA device of this machine is meant; raises what :func:`load_cuda` raises where there is none."""
     device = torch.device(device)
     if device.type != "cuda":
         raise ValueError(f"device {device}: CUDA kernels need a CUDA device")
@@ -243,7 +248,7 @@ def load_cuda(source: CudaSource, device: torch.device | str) -> CudaModule:
             f"device {device}: there is no CUDA device here (torch.cuda.is_available() is false); use the "
             f"CPU, or install NVIDIA's driver and a torch that is built for CUDA"
         )
-    return _load(source, torch.cuda.current_device() if device.index is None else device.index)
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @functools.cache

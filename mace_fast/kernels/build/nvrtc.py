@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -142,6 +144,16 @@ def compile_cuda(source: CudaSource, arch: str) -> CompiledCuda:
     facts = json.loads(entry.files[_FACTS])
     resources = {name: KernelResources(**values) for name, values in facts["resources"].items()}
     return CompiledCuda(entry.files[_CUBIN], resources, facts["log"], entry.from_cache)
+
+
+def compile_cuda_all(sources: Sequence[CudaSource], arch: str) -> list[CompiledCuda]:
+    """``compile_cuda`` of each source, side by side on all processors: NVRTC works without the interpreter's lock.
+
+    Raises what compiling the first of those that fail raises, once all others are done.
+    """
+    check_arch(arch)
+    with ThreadPoolExecutor(max_workers=min(len(sources), os.cpu_count() or 1) or 1) as threads:
+        return list(threads.map(lambda source: compile_cuda(source, arch), sources))
 
 
 def _compile(source: CudaSource, options: tuple[str, ...]) -> tuple[bytes, str]:

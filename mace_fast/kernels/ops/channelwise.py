@@ -20,12 +20,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mace_fast.kernels.build import CudaModule, architecture, cpu_threads, load_cpu, load_cuda, on_gpu
+from mace_fast.kernels.build import (
+    CudaModule,
+    architecture,
+    compile_cuda_all,
+    cpu_threads,
+    cuda_index,
+    load_cpu,
+    load_cuda,
+    on_gpu,
+)
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
 from mace_fast.kernels.ops.graph import EdgeGraph
 from mace_fast.kernels.ops.segment import Segments, segment_sum
 from mace_fast.kernels.plan.channelwise import ChannelwisePlan, Role, Schedule, plan
-from mace_fast.kernels.source.channelwise import OVERFLOW_THREADS, Variant, cpu_source, cuda_source, overflow_source
+from mace_fast.kernels.source.channelwise import (
+    OVERFLOW_THREADS,
+    PASSES,
+    Variant,
+    cpu_source,
+    cuda_source,
+    overflow_source,
+)
 from mace_fast.kernels.source.fitted import fitted_source
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
@@ -98,6 +114,30 @@ def channelwise_tp(description: ChannelwiseTensorProduct, x: Tensor, y: Tensor, 
     x, y, w = _without_autocast(x, y, w)
     _check(description, x, y, w, rows=x.shape[0], edges=x.shape[0], device=x.device)
     return torch.ops.mace_fast.conv(x, y, w, *_NO_GRAPH, description.key)
+
+
+def prepare_channelwise(
+    descriptions: Sequence[ChannelwiseTensorProduct], dtype: torch.dtype, device: torch.device | str, *, order: int = 2
+) -> None:
+    """Compile what products on a GPU will need, side by side; else each kernel is compiled when it is first called.
+
+    Args:
+        descriptions: the products.
+        dtype: float32 or float64.
+        device: a CUDA device.
+        order: of the highest derivative that will be asked for, with respect to x, y and w: 0, 1 or 2.
+
+    Raises:
+        ValueError: the device is not a CUDA device, or the order is another.
+        BuildError, MissingToolError: as for the first call of a kernel.
+    """
+    if order not in (0, 1, 2):
+        raise ValueError(f"order is {order}; kernels are prepared for derivatives of order 0, 1 and 2")
+    device = torch.device("cuda", cuda_index(device))
+    kernels = [(d, variant) for d in descriptions for variant in PASSES[: (1, 2, 4)[order]]]
+    compile_cuda_all([cuda_source(d, dtype.itemsize, variant) for d, variant in kernels], architecture(device))
+    for d, variant in kernels:
+        _cuda_launch(d.key, dtype.itemsize, variant, device)
 
 
 def _without_autocast(*operands: Tensor) -> tuple[Tensor, ...]:

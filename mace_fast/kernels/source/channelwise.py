@@ -58,6 +58,15 @@ _ADD = {1: "add", -1: "subtract"}
 _USING = "using mf::across;\nusing mf::multiply;\nusing mf::multiply_add;\nusing mf::multiply_subtract;"
 
 
+PASSES = (
+    Variant(False, False),
+    Variant(False, True, True, True, True),
+    Variant(True, False),
+    Variant(True, True, True, True, True),
+)
+"""What a product, its gradients and gradients of those run, in this order."""
+
+
 def _terms(target: str, terms: list[str]) -> str:
     return f"{target} = {' + '.join(terms) if terms else '0'};"
 
