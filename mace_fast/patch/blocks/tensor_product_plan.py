@@ -21,9 +21,7 @@ from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, 
 from mace_fast.kernels.description.elementwise import ElementwiseTensorProduct
 from mace_fast.kernels.description.fully_connected import FullyConnectedTensorProduct
 from mace_fast.patch.understand import (
-    FULLY_CONNECTED,
     TENSOR_PRODUCTS,
-    class_name,
     described,
     kept_blocks,
     require_known_couplings,
@@ -131,7 +129,7 @@ def read_tensor_product(name: str, module: Any) -> TensorProductPlan:
     if modes:
         why = "; ".join(f"{mode} {_PAIRS[mode]}" for mode in modes)
         raise UnsupportedModuleError(f"its {name} has paths of mode {', '.join(modes)} ({why}), which have no kernel")
-    if class_name(module) == FULLY_CONNECTED and module.shared_weights:
+    if module.shared_weights and {ins.connection_mode for ins in module.instructions} == {"uvw"}:
         raise UnsupportedModuleError(
             f"its {name} is fully connected with one set of weights for all samples: e3nn's matrix products are faster"
         )
