@@ -507,11 +507,11 @@ MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& i
     extern __shared__ __align__(16) char memory[];
     const Shared<S, DUAL> shared(memory + threadIdx.y * Shared<S, DUAL>::bytes(false), false);
     const int u = (blockIdx.y * (S::WARPS * 32) + threadIdx.x) * S::VEC;
-    const T zero = graph.poison ? T(*graph.poison) : T(0);
     N sum[S::NZ];
     walk<S, DUAL, false>(
         shared, graph, AllEdges(), in, tangent, spline, u, image,
         [&](index_t) {
+            const T zero = graph.poison ? T(*graph.poison) : T(0);  // read anew: a register less in the loop
 #pragma unroll
             for (int k = 0; k < S::NZ; ++k) fill(sum[k], zero);
         },
@@ -530,7 +530,7 @@ MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& i
             });
         },
         [&](index_t n, index_t window) {
-            T* row = (window < 0 ? z + n * z_row : partial + window * z_row) + u;
+            T* row = window < 0 ? z + (n * z_row + u) : partial + (window * z_row + u);
             S::Z::each([&](auto slot) {
                 typedef decltype(slot) Slot;
                 if (S::EXACT || u < Slot::MUL) {
@@ -644,7 +644,7 @@ MF_INLINE void conv_backward(const Graph& graph, const Range& range, int first, 
                         for (int i = 0; i < Block::DIM; ++i) {
                             T* target = row + Block::offset(image) + i * Block::MUL;
                             C value = result_of(x_grad[Block::BASE + i]);
-                            if constexpr (!Block::FRESH) multiply_add(value, *reinterpret_cast<const C*>(target), T(1));
+                            if constexpr (!Block::FRESH) add(value, *reinterpret_cast<const C*>(target));
                             store(target, value);
                         }
                     }

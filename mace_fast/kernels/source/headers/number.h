@@ -64,12 +64,19 @@ template <class T, int COUNT> struct Vec {
 template <class Z, class A, class B> MF_INLINE void multiply(Z& z, const A& a, const B& b) { z = a * b; }
 template <class Z, class A, class B> MF_INLINE void multiply_add(Z& z, const A& a, const B& b) { z += a * b; }
 template <class Z, class A, class B> MF_INLINE void multiply_subtract(Z& z, const A& a, const B& b) { z -= a * b; }
+template <class Z, class A> MF_INLINE void add(Z& z, const A& a) { z += a; }
 
 // sum = a * b and sum += a * b, summed over the channels that one number holds on CUDA.
 template <class Z, class A, class B> MF_INLINE void across(Z& sum, const A& a, const B& b) { sum = a * b; }
 template <class Z, class A, class B> MF_INLINE void add_across(Z& sum, const A& a, const B& b) { sum += a * b; }
 
 #ifdef __CUDACC__
+template <class T, int C> MF_INLINE void add(Vec<T, C>& z, const Vec<T, C>& a) {
+    z.v[0] += a.v[0];
+    if constexpr (C > 1) z.v[1] += a.v[1];
+    if constexpr (C > 2) z.v[2] += a.v[2];
+    if constexpr (C > 3) z.v[3] += a.v[3];
+}
 template <class T, int C> MF_INLINE void multiply(Vec<T, C>& z, const Vec<T, C>& a, const T& b) {
     z.v[0] = a.v[0] * b;
     if constexpr (C > 1) z.v[1] = a.v[1] * b;
