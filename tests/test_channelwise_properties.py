@@ -22,6 +22,7 @@ from torch import Tensor
 from mace_fast.kernels import ChannelwiseTensorProduct, channelwise_tp, channelwise_tp_conv, edge_graph
 from mace_fast.patch import convert
 from mace_fast.patch.blocks.tensor_product import FastTensorProduct, to_ir_mul, to_mul_ir
+from mace_fast.patch.understand import read_channelwise
 
 MULTIPLICITIES = (1, 5, 13, 32, 33, 128)
 # Copies of the second operand are paths of their own: of many, little would be learned for much compilation.
@@ -152,7 +153,7 @@ def test_derivatives_by_finite_differences_on_gpu(device: str, data: st.DataObje
 def check_derivatives(problem: Problem, device: str) -> None:
     """First and second derivatives of function and convolution, along random directions."""
     torch.manual_seed(problem.seed)
-    d = FastTensorProduct.plan(problem.build().to(device))
+    d = read_channelwise("product", problem.build().to(device))
     sender, receiver = torch.randint(3, (2, 5), device=device)
     graph = edge_graph(sender, receiver, 3, 3)
     x, y = float32_numbers(device, 3, d.x_dim), float32_numbers(device, 5, d.y_dim)
@@ -176,7 +177,7 @@ def check(problem: Problem, device: str) -> None:
     oracle = problem.build().to(device)
     fast = convert(oracle, verify=False).to(problem.dtype)
     assert isinstance(fast, FastTensorProduct)
-    d = FastTensorProduct.plan(oracle)
+    d = read_channelwise("product", oracle)
     x = float32_numbers(device, NODES, oracle.irreps_in1.dim)
     y = float32_numbers(device, EDGES, oracle.irreps_in2.dim)
     w = float32_numbers(device, *(() if problem.shared else (EDGES,)), oracle.weight_numel)

@@ -147,8 +147,9 @@ def test_a_whole_frozen_model(seed: int, gpu: None) -> None:
         expected = model(data, compute_stress=True)
     out = FrozenMACE(convert(model, verify=False))(data, compute_stress=True)
     for name in ("energy", "forces", "stress"):
+        # Tables are proven to 1e-12 of the radial functions; forces and stress are what is left of sums that cancel.
         scale = expected[name].abs().max()
-        assert (out[name] - expected[name]).abs().max() <= 1e-11 * scale, name
+        assert (out[name] - expected[name]).abs().max() <= 3e-11 * scale, name
 
 
 def test_the_emulation_finds_faults() -> None:

@@ -507,11 +507,11 @@ MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& i
     extern __shared__ __align__(16) char memory[];
     const Shared<S, DUAL> shared(memory + threadIdx.y * Shared<S, DUAL>::bytes(false), false);
     const int u = (blockIdx.y * (S::WARPS * 32) + threadIdx.x) * S::VEC;
+    const T zero = graph.poison ? T(*graph.poison) : T(0);
     N sum[S::NZ];
     walk<S, DUAL, false>(
         shared, graph, AllEdges(), in, tangent, spline, u, image,
         [&](index_t) {
-            const T zero = graph.poison ? T(*graph.poison) : T(0);  // read anew: a register less in the loop
 #pragma unroll
             for (int k = 0; k < S::NZ; ++k) fill(sum[k], zero);
         },
