@@ -47,11 +47,15 @@ RINGS = (0, 3, 4, 6)
 
 
 def schedules(
-    d: ChannelwiseTensorProduct, item_bytes: int, variant: Variant, rings: Sequence[int] = RINGS
+    d: ChannelwiseTensorProduct,
+    item_bytes: int,
+    variant: Variant,
+    rings: Sequence[int] = RINGS,
+    budgets: Sequence[int] = REGISTERS,
 ) -> list[Schedule]:
     """Those that differ in the kernels they lead to, and may fit the registers."""
     found: dict[object, Schedule] = {}
-    for vector, registers, prefetch, ring in itertools.product((1, 2, 4), REGISTERS, (False, True), rings):
+    for vector, registers, prefetch, ring in itertools.product((1, 2, 4), budgets, (False, True), rings):
         schedule = Schedule(vector, registers, prefetch, ring)
         try:
             layout = plan(d, item_bytes, variant.role, schedule)
@@ -120,6 +124,7 @@ def main() -> None:
     parser.add_argument("--roles", nargs="+", default=list(ROLES), choices=list(ROLES))
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
     parser.add_argument("--rings", nargs="+", type=int, default=list(RINGS), help="lengths of rings; 0 is none")
+    parser.add_argument("--registers", nargs="+", type=int, default=list(REGISTERS), help="of a segment, at most")
     parser.add_argument("--graph", default="diamond", choices=list(GRAPHS))
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile at a time")
     parser.add_argument("--output", type=Path, default=None, help="write JSON rows here")
@@ -132,7 +137,7 @@ def main() -> None:
     for name in args.problems:
         for role in args.roles:
             d, variant = PROBLEMS[name].description(), ROLES[role]
-            mine = schedules(d, dtype.itemsize, variant, args.rings)
+            mine = schedules(d, dtype.itemsize, variant, args.rings, args.registers)
             jobs += [((d, dtype.itemsize, variant, s, arch), name, role) for s in mine]
     with ProcessPoolExecutor(args.processes) as pool:
         resources = list(pool.map(compiled, [job for job, _, _ in jobs]))
