@@ -54,6 +54,17 @@ def test_float64_agrees_to_1e_12(seed: int, name: str) -> None:
     assert relative(got["stress"], expected["stress"]) < 1e-11
 
 
+def test_every_head_of_a_batch(seed: int) -> None:
+    """Hidden channels of readouts belong to heads."""
+    model = small("mh-1")
+    data = zoo.batch([crystal(seed)] * len(model.heads), model, head=model.heads)
+    expected = model(dict(data), compute_stress=True)
+    got = FrozenMACE(convert(model, verify=False))(dict(data), compute_stress=True)
+    assert len({round(float(energy), 6) for energy in expected["energy"]}) == len(model.heads)
+    for key in ("energy", "node_energy", "forces"):
+        assert relative(got[key], expected[key]) < 1e-12, key
+
+
 @pytest.mark.parametrize("name", ["mp0-medium", "mh-1"])
 def test_float32_is_no_further_from_float64_than_twice_mace(seed: int, name: str) -> None:
     exact, rounded = small(name), small(name, torch.float32)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from mace.modules.blocks import LinearReadoutBlock, NonLinearReadoutBlock
+from mace.modules.blocks import LinearReadoutBlock, NonLinearBiasReadoutBlock, NonLinearReadoutBlock
 from torch import Tensor
 
 from mace_fast.inference.edges import SortedEdges
@@ -220,7 +220,7 @@ def energies(
             if readout.linear:
                 roots.append((x, seed))
             continue
-        result = block(x, nodes.head)
+        result = _evaluate_readout(block, x, nodes.head)
         roots.append((result, seed))
         value = _of_head(result.detach(), nodes.head)
         extra = value if extra is None else extra + value
@@ -254,10 +254,29 @@ def contributions(
     with torch.no_grad():
         of_nodes = [torch.zeros_like(nodes.scale) if pair is None else pair]
         for readout, block in zip(readouts, model.readouts, strict=True):
-            of_nodes.append(_of_head(block(features[readout.layer], nodes.head), nodes.head))
+            of_nodes.append(_of_head(_evaluate_readout(block, features[readout.layer], nodes.head), nodes.head))
         columns = torch.stack([part.double() for part in of_nodes], dim=1)
         sums = segment_sum(columns, Segments(batch, nodes.order, nodes.row))
         return torch.cat([nodes.graph_base[:, None], sums], dim=1)
+
+
+def _evaluate_readout(block: Any, x: Tensor, head: Tensor) -> Tensor:
+    """[N, heads] as ``block(x, head)``, in a form that a CUDA graph can capture.
+
+    MACE masks the hidden channels of other heads by assigning a number of the CPU, which a capture refuses.
+    """
+    kind = type(block)
+    if kind not in (NonLinearReadoutBlock, NonLinearBiasReadoutBlock) or getattr(block, "num_heads", 1) == 1:
+        result: Tensor = block(x, head)
+        return result
+    hidden = block.non_linearity(block.linear_1(x))
+    owner = torch.arange(hidden.shape[1], device=x.device) // (hidden.shape[1] // block.num_heads)
+    mine = owner == head[:, None]
+    hidden = hidden * mine
+    if kind is NonLinearBiasReadoutBlock:
+        hidden = block.non_linearity(block.linear_mid(hidden)) * mine
+    result = block.linear_2(hidden)
+    return result
 
 
 def _of_head(values: Tensor, head: Tensor) -> Tensor:
