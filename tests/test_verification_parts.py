@@ -405,14 +405,15 @@ def test_a_reference_that_fails_is_not_the_candidates_fault(model: torch.nn.Modu
 @pytest.mark.gpu
 def test_on_the_gpu(model: torch.nn.Module, seed: int) -> None:
     """Another device rounds differently, but passes; a fault is found there as well."""
-    reference = copy.deepcopy(model).cuda()
+    rounded = copy.deepcopy(model).float()  # in float64 later: both then have the same parameters
+    reference = copy.deepcopy(rounded).double().cuda()
     names = {"interactions.0": "", "products.1": "", "interactions.1.conv_tp": ""}
-    report = compare(reference, copy.deepcopy(model).float(), device="cuda", modules=names, seed=seed)
+    report = compare(reference, rounded, device="cuda", modules=names, seed=seed)
     assert report.passed, str(report)
     assert report.device == "cuda" and report.environment["GPU"]
     assert next(reference.parameters()).is_cuda
     reference.products[0].linear.weight.data *= 1 + 1e-9
-    failed = compare(reference, model, device="cuda", modes=["stress", "training"], seed=seed)
+    failed = compare(reference, rounded, device="cuda", modes=["stress", "training"], seed=seed)
     first = failed.first_differing_module()
     assert not failed.passed and first is not None and first.name == "products.0"
 
