@@ -77,6 +77,7 @@ class NeighbourSearch:
             )
         self.method = CPU_METHODS[0] if self.device.type == "cpu" else method
         self._search: dict[str, tuple[float, vesin.NeighborList]] = {}
+        self._crowded: set[int] = set()
         self._compared: set[tuple[object, ...]] = set()
         self._cell_compared: tuple[object, ...] | None = None
 
@@ -143,7 +144,7 @@ class NeighbourSearch:
             return _in_order(_nvalchemi(positions, box, pbc, cutoff, self.device))
         if method == "vesin-cuda":
             return _in_order(self._vesin_cuda(positions, box, pbc, cutoff))
-        return Neighbours(*(t.to(self.device) for t in self._vesin_cpu(positions, box, pbc, cutoff)))
+        return self._uploaded(positions, box, pbc, cutoff)
 
     def _vesin(self, cutoff: float, where: str) -> vesin.NeighborList:
         """Its object, which keeps its memory, for one cutoff and device."""
@@ -159,16 +160,26 @@ class NeighbourSearch:
         index = torch.from_numpy(np.stack([sender, receiver]).view(np.int64))
         return Neighbours(index, torch.from_numpy(np.negative(shifts)))
 
+    def _uploaded(self, positions: np.ndarray, box: np.ndarray, pbc: np.ndarray, cutoff: float) -> Neighbours:
+        return Neighbours(*(t.to(self.device) for t in self._vesin_cpu(positions, box, pbc, cutoff)))
+
     def _vesin_cuda(self, positions: np.ndarray, box: np.ndarray, pbc: np.ndarray, cutoff: float) -> Neighbours:
+        if len(positions) in self._crowded:
+            return self._uploaded(positions, box, pbc, cutoff)
         with torch.cuda.device(self.device):
             points, on_device, periodic = upload(self.device, positions, box, pbc.astype(np.float64))
             # vesin works on the default stream whatever torch's current one is.
             current, default = torch.cuda.current_stream(self.device), torch.cuda.default_stream(self.device)
             if current != default:
                 current.synchronize()
-            pairs, shifts = self._vesin(cutoff, "cuda").compute(
-                points=points, box=on_device, periodic=periodic != 0, quantities="PS", copy=False
-            )
+            try:
+                pairs, shifts = self._vesin(cutoff, "cuda").compute(
+                    points=points, box=on_device, periodic=periodic != 0, quantities="PS", copy=False
+                )
+            except RuntimeError as error:
+                if "maximum capacity" not in str(error):
+                    raise
+                return self._crowd(positions, box, pbc, cutoff)
             if current != default:
                 default.synchronize()
             pairs = pairs.view(torch.int64)
@@ -178,6 +189,17 @@ class NeighbourSearch:
             self._compare(found, positions, box, pbc, cutoff)
             self._cell_compared = cell
         return found
+
+    def _crowd(self, positions: np.ndarray, box: np.ndarray, pbc: np.ndarray, cutoff: float) -> Neighbours:
+        """vesin reserves memory for a number of pairs an atom; cells much thinner than the cutoff have more."""
+        logger.warning(
+            "%d atoms have more neighbours within %g A than vesin has room for on %s; the lists of structures of this "
+            "size are made on the CPU from now on",
+            *(len(positions), cutoff, self.device),
+        )
+        del self._search["cuda"]
+        self._crowded.add(len(positions))
+        return self._uploaded(positions, box, pbc, cutoff)
 
     def _compare(
         self, found: Neighbours, positions: np.ndarray, box: np.ndarray, pbc: np.ndarray, cutoff: float
