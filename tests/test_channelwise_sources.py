@@ -8,6 +8,7 @@ from oracles import both_parities_product, mace_product
 
 from mace_fast.kernels import describe_plan
 from mace_fast.kernels.build import compile_cuda
+from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, Path
 from mace_fast.kernels.plan.channelwise import Role, Schedule, plan
 from mace_fast.kernels.source.channelwise import Variant, cuda_source
 from mace_fast.kernels.source.fitted import fitted_source
@@ -73,10 +74,17 @@ def test_float64_compiles(variant: Variant) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("variant", list(VARIANTS.values())[:4], ids=list(VARIANTS)[:4])
 def test_rings_compile(arch: str, variant: Variant) -> None:
-    """No plan prefers them yet: a number or two may spill."""
+    """Of other lengths than plans prefer: a number or two may spill."""
     source = cuda_source(mace_product(1, 128), 4, variant, Schedule(1, 80, False, 3))
     for entry, resources in compile_cuda(source, arch).resources.items():
         assert resources.spill_stores <= 16, f"{entry}: {resources}"
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_products_without_weights_compile(variant: Variant) -> None:
+    """NVRTC refuses empty arrays, which the host's compiler takes."""
+    d = ChannelwiseTensorProduct(((32, 1),), ((1, 1),), ((32, 0),), (Path(0, 0, 0, 0.5, weighted=False),))
+    assert compile_cuda(cuda_source(d, 4, variant), "sm_90").resources
 
 
 def test_what_no_ring_is_for() -> None:
@@ -95,7 +103,7 @@ def test_harmonics_compile(arch: str, ctype: str) -> None:
 def test_plan_prints_its_decisions() -> None:
     text = str(describe_plan(mace_product(2, 128), torch.float32))
     assert "2 warp(s) of 2 channel(s) a thread for a receiver" in text
-    assert "3 segment(s) side by side" in text and "about 106 registers" in text
+    assert "2 segment(s) side by side, a ring of 4 edges" in text and "about 148 registers" in text
     assert describe_plan(mace_product(2, 128), torch.float64).schedule.vector == 1
     assert not describe_plan(mace_product(1, 33), torch.float32).exact
 

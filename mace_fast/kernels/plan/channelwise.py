@@ -104,8 +104,7 @@ class Schedule:
         registers: 32-bit registers of outputs a thread may hold; decides how many segments there are.
         prefetch: whether operands of the next edge are loaded while the current one is worked on.
         ring: edges whose weights and x are in shared memory or on their way there, instead of in registers: 0 (none),
-            or 3 and more. For products whose channels fill all warps, with weights that lie side by side. No plan
-            prefers one until benchmarks/tune_conv.py has shown on a GPU where it wins.
+            or 3 and more. For products whose channels fill all warps, with weights that lie side by side.
     """
 
     vector: int = 1
@@ -226,45 +225,88 @@ def plan(
     """
     if schedule is not None:
         return _plan(description, item_bytes, role, schedule)
-    vectors = _vectors(description, item_bytes)
-    for preferred, limit in _preferred(role, item_bytes):
-        if preferred.vector in vectors:
-            layout = _plan(description, item_bytes, role, preferred)
-            alone = layout.warps == 1 and preferred.prefetch
-            if layout.together and layout.most_registers <= (max(limit, _ALONE) if alone else limit):
-                return layout
+    for preference in _preferred(role, item_bytes):
+        layout = _attempt(description, item_bytes, role, preference.schedule)
+        if layout is not None and preference.suits(layout):
+            return layout
     plain = [_plan(description, item_bytes, role, Schedule(1, budget, False)) for budget in (80, 54, 40, 27, 16)]
     return next((p for p in plain if p.most_registers <= THREAD_REGISTERS), plain[-1])
 
 
-_ALONE = 200
-"""Registers up to which loading ahead pays where one warp has all channels of a receiver."""
+@dataclass(frozen=True)
+class Preference:
+    """A schedule with the plans that it is the best choice for.
+
+    Attributes:
+        schedule: itself.
+        registers: the most that a thread may need, by the plan's estimate.
+        segments: the most that there may be.
+        alone: the registers instead, where one warp has all channels of a receiver.
+    """
+
+    schedule: Schedule
+    registers: int
+    segments: int = 1000
+    alone: int | None = None
+
+    def suits(self, layout: ChannelwisePlan) -> bool:
+        """Whether this is the choice for a product that is laid out so."""
+        limit = self.alone if self.alone is not None and layout.warps == 1 else self.registers
+        return layout.together and layout.most_registers <= limit and len(layout.segments) <= self.segments
 
 
-def _preferred(role: Role, item_bytes: int) -> tuple[tuple[Schedule, int], ...]:
-    """Schedules, best first, with the registers up to which each is so.
+def _preferred(role: Role, item_bytes: int) -> tuple[Preference, ...]:
+    """Best first.
 
     Read off benchmarks/results/h100-tune.json. Segments that have to follow one another lost everywhere, and so did
     most that spill. Sums over channels (backward) gain from many registers and few segments; what only streams weights
-    (forward) from many resident warps, or from loading ahead where that is cheap; splines from wide loads.
+    (forward) from a ring of edges in shared memory, which leaves the registers to the outputs, or from loading ahead
+    where one warp works alone on a receiver; splines from wide loads.
     """
+    ahead, most = Schedule(2, 80, True), THREAD_REGISTERS
     if item_bytes == 8:
         if role.backward and role.spline:
-            return ((Schedule(2, 80, False), 210),)
+            return (Preference(Schedule(2, 80, False), 210),)
         if role.backward:
-            return ((Schedule(1, 80, True), THREAD_REGISTERS),)
-        return ((Schedule(2, 80, False), 130),)
+            return (Preference(Schedule(1, 80, True), most),)
+        return (Preference(Schedule(2, 80, False), 130),)
     if role.spline and role.backward:
-        return ((Schedule(4, 120, False), THREAD_REGISTERS), (Schedule(2, 80, False), 210))
+        return (Preference(Schedule(4, 120, False), most), Preference(Schedule(2, 80, False), 210))
     if role.spline:
-        return ((Schedule(2, 80, True), 100), (Schedule(4, 40, False), 110), (Schedule(2, 80, True), 180))
+        return (
+            Preference(ahead, 100, alone=200),
+            Preference(Schedule(4, 40, False), 110),
+            Preference(ahead, 180, alone=200),
+        )
     if role.backward and role.dual:
-        return ((Schedule(2, 80, False), 160), (Schedule(1, 80, True), 245))
+        return (Preference(Schedule(2, 80, False), 160), Preference(Schedule(1, 80, True), 245))
     if role.backward:
-        return ((Schedule(2, 80, True), THREAD_REGISTERS), (Schedule(1, 80, True), THREAD_REGISTERS))
+        return (
+            Preference(ahead, 150, alone=most),
+            Preference(Schedule(2, 80, False, 3), 180),
+            Preference(Schedule(1, 80, False, 4), 180),
+            Preference(ahead, most),
+            Preference(Schedule(1, 80, True), most),
+        )
     if role.dual:
-        return ((Schedule(2, 80, True), 160),)
-    return ((Schedule(2, 80, True), 100), (Schedule(2, 54, False), 130))
+        return (Preference(ahead, 160, alone=200),)
+    return (
+        Preference(ahead, 100, alone=200),
+        Preference(Schedule(1, 54, False, 3), 100, segments=1),
+        Preference(Schedule(2, 80, False, 4), 150),
+        Preference(Schedule(1, 80, False, 3), 140),
+        Preference(Schedule(2, 54, False), 130),
+    )
+
+
+def _attempt(
+    description: ChannelwiseTensorProduct, item_bytes: int, role: Role, schedule: Schedule
+) -> ChannelwisePlan | None:
+    """The plan; None where the schedule does not fit the product."""
+    try:
+        return _plan(description, item_bytes, role, schedule)
+    except ValueError:
+        return None
 
 
 def _vectors(description: ChannelwiseTensorProduct, item_bytes: int) -> tuple[int, ...]:

@@ -137,8 +137,9 @@ template <class S, bool DUAL> struct Ring {
     static constexpr int NUMBERS = S::RING * STAGE * (DUAL ? 2 : 1);
 
     T* memory;
-    int w_offset[W_COPIES], x_offset[X_COPIES];  // of this lane's numbers in a row; negative: nothing to copy
-    int slot;                                    // of the edge that is worked on next
+    int w_offset[W_COPIES > 0 ? W_COPIES : 1];  // of this lane's numbers in a row; negative: nothing to copy
+    int x_offset[X_COPIES];
+    int slot;  // of the edge that is worked on next
 
     MF_INLINE Ring(T* rings, int first_channel, int image) {
         const int lane = threadIdx.x & 31, mine = lane / LANES, channel = first_channel + lane % LANES * PACK;
