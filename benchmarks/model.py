@@ -14,6 +14,7 @@ mace_fast_inference (the frozen program, replayed as a CUDA graph on a GPU).
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import os
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import device_name, kernel_times, peak_memory_mib
+from benchmarks.turns import my_turn
 from mace_fast import zoo
 from mace_fast.inference import CapturedMACE, FrozenMACE
 from mace_fast.patch.api import convert
@@ -97,6 +99,13 @@ def wall_ms(call: Call, device: torch.device, *, budget_s: float) -> float:
     return statistics.median(times)
 
 
+def seconds(call: Call) -> float:
+    """How long a call takes."""
+    begin = time.perf_counter()
+    call()
+    return round(time.perf_counter() - begin, 2)
+
+
 def structure(kind: str, natoms: int) -> Any:
     return zoo.diamond(natoms) if kind == "diamond" else zoo.water(natoms // 3)
 
@@ -121,7 +130,7 @@ def measure(
     for backend in backends:
         label = {"model": name, "backend": backend, "kind": kind, "dtype": str(dtype).removeprefix("torch.")}
         try:
-            evaluate = prepare(backend, zoo.build(name, dtype=dtype).to(device), device)
+            evaluate = prepare(backend, copy.deepcopy(base).to(device), device)
         except Exception as error:  # a peer that is not installed or cannot convert is a row with its error
             if backend.startswith("mace_fast"):
                 raise
@@ -132,8 +141,14 @@ def measure(
             graph = zoo.graph(structure(kind, natoms), base, dtype=dtype)
             data = {key: value.to(device) for key, value in graph.items()}
             row = {**label, "natoms": natoms, "edges": data["edge_index"].shape[1]}
+            call = partial(evaluate, data)
             try:
-                row |= measure_row(partial(evaluate, data), expected, natoms, backend == "e3nn", device, budget_s)
+                if backend.startswith("mace_fast"):
+                    row["first_s"] = seconds(call)  # compiles while others are timed
+                with my_turn():
+                    row.setdefault("first_s", seconds(call))
+                    row |= measure_row(call, expected, natoms, backend == "e3nn", device, budget_s)
+                    release(device)
             except torch.cuda.OutOfMemoryError:
                 row["error"] = "out of memory"
             except RuntimeError as error:
@@ -156,10 +171,9 @@ def measure_row(
     device: torch.device,
     budget_s: float,
 ) -> dict[str, Any]:
-    """First call, difference from mace-torch, memory and time of one evaluation."""
-    start = time.perf_counter()
+    """Difference from mace-torch, memory and time of one evaluation."""
     out = call()
-    row: dict[str, Any] = {"first_s": round(time.perf_counter() - start, 2)}
+    row: dict[str, Any] = {}
     if is_reference:
         expected[natoms] = {key: out[key].detach() for key in ("energy", "forces", "stress")}
     elif natoms in expected:
