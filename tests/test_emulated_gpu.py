@@ -25,6 +25,7 @@ from simt import EmulatedModule, LaunchError, emulated_gpu
 from mace_fast.inference import FrozenMACE
 from mace_fast.kernels import channelwise_tp, channelwise_tp_conv
 from mace_fast.kernels.build import CudaSource
+from mace_fast.kernels.ops import channelwise
 from mace_fast.kernels.ops.graph import edge_graph
 from mace_fast.kernels.plan.channelwise import Role, Schedule, plan
 from mace_fast.patch.api import convert
@@ -242,6 +243,7 @@ def test_receivers_with_very_many_edges(
 ) -> None:
     """Shared out to windows of 32: one or two receivers in a window, receivers that end where a window does."""
     d = mace_product(1, mul)
+    monkeypatch.setattr(channelwise, "_edge_limit", lambda groups, receivers, edges: 32)
     if ring:
         test_channelwise.use_schedule(monkeypatch, Schedule(2, 80, prefetch=False, ring=ring))
     receiver = torch.repeat_interleave(torch.arange(len(degrees)), torch.tensor(degrees))

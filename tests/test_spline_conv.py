@@ -84,7 +84,7 @@ def test_stretches_of_edges_add_up(
     z = spline_conv(d, x, y, r, frozen, on_device(table, None, device, dtype))
     g = torch.randn_like(z)
     whole = torch.autograd.grad(z, (x, y, r), g, retain_graph=True)
-    monkeypatch.setattr(channelwise, "_edge_limit", lambda groups, edges: 16)
+    monkeypatch.setattr(channelwise, "_edge_limit", lambda groups, receivers, edges: 16)
     scratch = stretch * d.x_dim * 8
     monkeypatch.setattr(ops, "_SCRATCH_BYTES", {True: scratch, False: scratch})
     pieces = torch.autograd.grad(z, (x, y, r), g)

@@ -71,11 +71,15 @@ _NO_GRAPH: Graph = (None,) * 7
 _TARGET_EDGES = 32
 """Edges that one group of warps should see at least: with fewer a receiver, it takes several receivers in a row."""
 _MANY_GROUPS = 512
-"""Groups of warps that keep a GPU busy; where receivers give fewer, their edges are shared out."""
+"""Groups of warps that keep a GPU busy; where receivers give fewer, several groups share the edges of each."""
 _MOST_EDGES = 512
 """Edges of one receiver that a group works on in any case; the rest is shared out."""
-_SHARES = 1056
-"""Into how many groups the edges are shared out where there are few receivers: 8 for each multiprocessor of an H100."""
+_MULTIPROCESSORS = 132
+"""Of an H100. A constant, so that sums are split alike on all GPUs that run the same code."""
+_LEAST_EDGES = {False: 16, True: 8}
+"""Edges that a part of a receiver should have at least: of a sum, which is added to others, and of gradients (True)."""
+_PART_COST = 2
+"""What a part costs before its first edge and after its last, in edges."""
 _ALIGNMENT = 16
 """Bytes; rows of operands are read in words of up to so many."""
 
@@ -293,30 +297,38 @@ def _run_cuda(
     sender, receiver, order, row, _, _, poison = graph
     run = _run_length(receivers, edges)
     groups = -(-receivers // run)
-    limit = _edge_limit(groups, edges)
+    limit = _edge_limit(groups, receivers, edges)
     windows = -(-edges // limit) if row is not None and edges > limit else 0
-    grid = (-(-(groups + windows) // layout.groups), layout.channel_blocks)
+    parts = 1
+    if run == 1:
+        side_by_side = layout.channel_blocks * launch.kernels[0][2]
+        slots = _MULTIPROCESSORS * layout.resident
+        parts = _parts(receivers, edges, layout.groups, side_by_side, slots, _LEAST_EDGES[variant.backward])
+    blocks = -(-(groups + windows) // layout.groups)
+    grid = (blocks, layout.channel_blocks * parts)
     block = (layout.warps * 32, layout.groups, 1)
     strides = _row_strides(x, y, w)
     read = [_aligned(t) for t in (x, y, w, *tangents)]
-    head = (order, row, sender, receiver, poison, receivers, run, groups, limit, *read, *strides, *spline)
+    head = (order, row, sender, receiver, poison, receivers, run, groups, limit, parts, *read, *strides, *spline)
     tail: tuple[Any, ...]
     if variant.backward:
         g, g_row, *gradients = outputs
         tail = (_aligned(g), g_row, *gradients, edges)
     else:
         z, z_row = outputs
-        # Windows write what the product writes, no more.
+        # Parts and windows write what the product writes, no more.
         make = z.new_empty if ChannelwiseTensorProduct.parse(key).covers_z else z.new_zeros
-        partial = make((windows, z_row)) if windows else None
+        partial = None
+        if windows or parts > 1:
+            partial = make((blocks * layout.groups * parts - groups, z_row))
         tail = (z, partial, z_row)
     for entry, shared, depth in launch.kernels:
         launch.module.launch(entry, (*grid, depth), block, shared, head + tail)
-    if not variant.backward and windows:
+    if not variant.backward and partial is not None:
         overflow = load_cuda(overflow_source(x.element_size()), x.device)
-        columns = -(-z_row // OVERFLOW_THREADS)
-        sums = (z, partial, order, row, receiver, receivers, limit, z_row)
-        overflow.launch("overflow", (windows, columns, 1), (OVERFLOW_THREADS, 1, 1), 0, sums)
+        overflow_grid = (windows if parts == 1 else receivers, -(-z_row // OVERFLOW_THREADS), 1)
+        arguments = (z, partial, order, row, receiver, receivers, limit, parts, blocks * layout.groups, z_row)
+        overflow.launch("overflow", overflow_grid, (OVERFLOW_THREADS, 1, 1), 0, arguments)
 
 
 def _aligned(tensor: Tensor | None) -> Tensor | None:
@@ -324,12 +336,35 @@ def _aligned(tensor: Tensor | None) -> Tensor | None:
     return tensor.clone() if tensor is not None and tensor.data_ptr() % _ALIGNMENT else tensor
 
 
-def _edge_limit(groups: int, edges: int) -> int:
-    """Edges of a receiver beyond which they are shared out to windows of so many."""
+def _edge_limit(groups: int, receivers: int, edges: int) -> int:
+    """Edges of a receiver beyond which they are shared out to windows of so many. Of few receivers only those that have
+    half as many again as others have windows: parts are of equal lengths, and whole."""
     if groups >= _MANY_GROUPS:
         return _MOST_EDGES
-    share = -(-edges // _SHARES)
-    return max(_TARGET_EDGES, -(-share // _TARGET_EDGES) * _TARGET_EDGES)
+    return max(_TARGET_EDGES, -(-3 * edges // (2 * receivers)))
+
+
+@lru_cache(maxsize=512)
+def _parts(receivers: int, edges: int, per_block: int, side_by_side: int, slots: int, least: int) -> int:
+    """Into how many parts the edges of each receiver, or of a window, are split: 1 where receivers fill a GPU.
+
+    Blocks run in rounds of ``slots``, each as long as a part takes; the shortest wins. Nothing but shapes decides.
+
+    Args:
+        per_block: groups of a block.
+        side_by_side: blocks that a group's work is spread over anyway.
+        slots: blocks that run at a time.
+        least: edges of a part, on average.
+    """
+    if receivers >= _MANY_GROUPS:
+        return 1
+    mean = edges / receivers
+
+    def time(parts: int) -> float:
+        blocks = -(-receivers * parts // per_block) * side_by_side
+        return -(-blocks // slots) * (mean / parts + _PART_COST)
+
+    return min(range(1, max(1, min(int(mean / least), slots)) + 1), key=time)
 
 
 def _run_length(receivers: int, edges: int) -> int:

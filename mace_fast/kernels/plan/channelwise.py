@@ -33,6 +33,12 @@ _GROUPS = 4
 _SHORT_TILE = 8
 """Edges of a tile below which a block takes one receiver instead."""
 
+_REGISTER_FILE = 64 * 1024
+"""32-bit registers of a multiprocessor."""
+
+_BUSY_WARPS = {False: 16, True: 8}
+"""Warps that keep a multiprocessor busy: of sums, which wait for memory, and of gradients (True), which compute."""
+
 MAX_WARPS = 8
 """Warps that share one receiver, 32 channels each; more channels go to further blocks."""
 
@@ -145,6 +151,12 @@ class ChannelwisePlan:
     def threads(self) -> int:
         """Of a block."""
         return self.warps * 32 * self.groups
+
+    @property
+    def resident(self) -> int:
+        """Blocks that a multiprocessor works on side by side, by the estimate of registers, and gains from."""
+        fit = _REGISTER_FILE // (self.most_registers * self.threads)
+        return max(1, min(fit, _BUSY_WARPS[self.role.backward] * 32 // self.threads))
 
     def shared_bytes(self, segment: SegmentPlan, *, want_y: bool) -> int:
         """Dynamic shared memory of a block, as the header's ``Shared`` lays it out."""

@@ -217,6 +217,7 @@ def _segment_struct(
         "STRIDE": segment.stride,
         "TILE": tile,
         "WARPS": layout.warps,
+        "CHANNEL_BLOCKS": layout.channel_blocks,
         "ORDER": order,
         "OUT": description.y_dim + (1 if order else 0),
         "VEC": layout.schedule.vector,
@@ -282,12 +283,12 @@ def cuda_source(
     ]
     parameters = (
         "const int* order, const int* row, const int* sender, const int* receiver, const float* poison, "
-        "long long receivers, long long run, long long groups, long long limit, "
+        "long long receivers, long long run, long long groups, long long limit, long long parts, "
         "const T* x, const T* y, const T* w, const T* x_tangent, const T* y_tangent, const T* w_tangent, "
         f"long long x_row, long long y_row, long long w_row, {_SPLINE}"
     )
     setup = [
-        "    const mf::Graph graph{order, row, sender, receiver, poison, receivers, run, groups, limit};",
+        "    const mf::Graph graph{order, row, sender, receiver, poison, receivers, run, groups, limit, int(parts)};",
         "    const mf::Operands<T> in{x, y, w, x_row, y_row, w_row}, "
         "tangent{x_tangent, y_tangent, w_tangent, x_row, y_row, w_row};",
         _SPLINE_SETUP,
@@ -312,7 +313,7 @@ def cuda_source(
             if variant.backward:
                 call = (
                     f"mf::conv_backward<{segment}, {dual}, {_wants(variant)}>(graph, {stretch}, in, tangent, spline, {image}, "
-                    f"g, g_row, dx, dy, dw, edges, ({numbers[0]} + {image}) * (long long)gridDim.y);"
+                    f"g, g_row, dx, dy, dw, edges, {numbers[0]} + {image});"
                 )
             else:
                 call = f"mf::conv_forward<{segment}, {dual}>(graph, in, tangent, spline, {image}, z, partial, z_row);"
@@ -332,13 +333,14 @@ def cuda_source(
 
 @lru_cache(maxsize=8)
 def overflow_source(item_bytes: int) -> CudaSource:
-    """The kernel ``overflow`` that adds the sums of windows to receivers with very many edges."""
+    """The kernel ``overflow`` that adds the sums of windows and parts to receivers whose edges several groups share."""
     ctype = _ctype(item_bytes)
     text = f"""
 #include "overflow.cuh"
 extern "C" __global__ void __launch_bounds__({OVERFLOW_THREADS}) overflow({ctype}* z, const {ctype}* partial,
-        const int* order, const int* row, const int* receiver, long long receivers, long long limit, long long z_row) {{
-    mf::add_windows(z, partial, order, row, receiver, receivers, limit, z_row);
+        const int* order, const int* row, const int* receiver, long long receivers, long long limit, long long parts,
+        long long part_groups, long long z_row) {{
+    mf::add_partial_sums(z, partial, order, row, receiver, receivers, limit, int(parts), part_groups, z_row);
 }}
 """
     headers = tuple((name, header(name)) for name in ("number.h", "overflow.cuh"))

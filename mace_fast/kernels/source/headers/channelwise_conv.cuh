@@ -12,6 +12,10 @@
 // own. A window holds such edges of one receiver at most, since a second one would have to begin, and have `limit` edges
 // more, inside it. The sums of windows are added in order by overflow.cuh.
 //
+// Where there are few receivers, `parts` groups share those edges of each, or of a window, a stretch of the list for each
+// group; their sums too are added by overflow.cuh. Groups of the same part of different receivers are neighbours: edges of a
+// receiver that are sorted by length then read the same coefficients of splines at the same time.
+//
 // `Segment` is generated: it lists the blocks of x and z, the paths with their straight-line code, and the sizes. Of segments
 // that differ only in where blocks and weights are there is one, with several images, and places are looked up by image.
 // With DUAL the operands carry tangents and the results are the tangents of the results, nothing else.
@@ -41,6 +45,7 @@ struct Graph {
     index_t run;     // receivers that one group works through
     index_t groups;  // that work through receivers; those after them have windows
     index_t limit;   // edges of a receiver beyond which they are left to windows
+    int parts;       // groups that share a receiver or window; run is 1 where there are several
     MF_INLINE index_t begin(index_t n) const { return row ? row[n] : n; }
     MF_INLINE index_t edge(index_t position) const { return order ? order[position] : position; }
     MF_INLINE index_t sender_of(index_t e) const { return sender ? sender[e] : e; }
@@ -403,32 +408,51 @@ struct Stretch {
     MF_INLINE index_t opened(const Graph& graph, index_t n, index_t) const { return graph.begin(n); }
 };
 
-// Walks the edges of this group that are in `range`: start(n), edge(slot, operands) for each edge, finish(n, window), and after each tile
-// flush(count). The window is -1 for the receivers of a run. Operands of the next edge are loaded before the current one
-// is worked on.
+// Blocks of all channels follow one another for each part.
+template <class S> MF_INLINE int part_of() { return int(blockIdx.y) / S::CHANNEL_BLOCKS; }
+template <class S> MF_INLINE int channel_block() {
+    return S::CHANNEL_BLOCKS == 1 ? 0 : int(blockIdx.y) % S::CHANNEL_BLOCKS;
+}
+
+// Walks the edges of this group that are in `range`: start(n), edge(slot, operands) for each edge, finish(n, partial), and
+// after each tile flush(count). `partial` is negative where this is the first part of n's first edges, and numbers all other
+// groups, of which those without edges do nothing: overflow.cuh counts in the same way. Operands of the next edge are
+// loaded before the current one is worked on.
 template <class S, bool DUAL, bool SLOPE, class Range, class Start, class Edge, class Finish, class Flush>
 MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Range& range,
                     const Operands<typename S::T>& in, const Operands<typename S::T>& tangent,
                     const Spline<typename S::T>& spline, int u, int image, Start start, Edge edge, Finish finish,
                     Flush flush) {
-    const index_t group = index_t(blockIdx.x) * blockDim.y + threadIdx.y;
-    const index_t window = group < graph.groups ? -1 : group - graph.groups;
+    const int item = int(blockIdx.x * blockDim.y + threadIdx.y), part = part_of<S>();
+    const int partial = part * int(gridDim.x * blockDim.y) + item - int(graph.groups);
+    const bool stretch = partial >= 0 || graph.parts > 1;  // of one receiver's edges, rather than a run of receivers
     index_t first, last, position, end;
-    if (window < 0) {
-        first = group * graph.run;
+    if (!stretch) {
+        first = item * graph.run;
         last = first + graph.run < graph.receivers ? first + graph.run : graph.receivers;
         position = graph.begin(first);
         end = graph.begin(last);
     } else {
-        const index_t opens = window * graph.limit;
-        if (!graph.receiver || opens >= graph.begin(graph.receivers)) return;  // fills the last block
-        first = graph.receiver[graph.edge(opens)];
+        const bool window = item >= graph.groups;
+        const index_t opens = (item - graph.groups) * graph.limit;
+        first = item;
+        if (window) {
+            if (!graph.receiver || opens >= graph.begin(graph.receivers)) return;  // fills the last block
+            first = graph.receiver[graph.edge(opens)];
+        }
         last = first + 1;
-        const index_t rest = graph.begin(first) + graph.limit;
-        position = opens > rest ? opens : rest;
+        position = graph.begin(first);
         end = graph.begin(last);
-        if (opens + graph.limit < end) end = opens + graph.limit;
-        if (range.from(position) >= range.upto(end)) return;
+        if (window) {
+            position += graph.limit;
+            if (opens > position) position = opens;
+        }
+        const index_t stop = (window ? opens : position) + graph.limit;
+        if (stop < end) end = stop;
+        const int edges = int(end - position), share = edges > 0 ? (edges + graph.parts - 1) / graph.parts : 0;
+        position += part * share;
+        if (position + share < end) end = position + share;
+        if (partial >= 0 && range.from(position) >= range.upto(end)) return;
     }
     position = range.from(position);
     end = range.upto(end);
@@ -438,8 +462,8 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ran
     bool flowing = false;
     auto ring = make_ring<S, DUAL>(shared, u, image);
     for (index_t n = first; n < last; ++n) {
-        const index_t row_end = window < 0 ? range.upto(graph.begin(n + 1)) : end;
-        const index_t row_begin = window < 0 ? range.opened(graph, n, position) : position;
+        const index_t row_stop = graph.begin(n + 1), row_end = row_stop < end ? row_stop : end;
+        const index_t row_begin = stretch ? position : range.opened(graph, n, position);
         const index_t stop = row_end - row_begin > graph.limit ? row_begin + graph.limit : row_end;
         start(n);
         while (position < stop) {
@@ -486,7 +510,7 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ran
                 if (S::PREFETCH) current = next;
             }
         }
-        finish(n, window);
+        finish(n, partial);
         if (position < row_end) {  // the rest is left to windows
             if (position > tile_begin) flush(int(position - tile_begin));
             position = tile_begin = tile_end = row_end;
@@ -496,18 +520,18 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ran
     if (position > tile_begin) flush(int(position - tile_begin));
 }
 
-// z, or with DUAL its tangent; the sums of windows go to their rows of `partial`.
+// z, or with DUAL its tangent; sums that are to be added go to their rows of `partial_sums`.
 template <class S, bool DUAL>
 MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& in,
                             const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline, int image,
-                            typename S::T* z, typename S::T* partial, index_t z_row) {
+                            typename S::T* z, typename S::T* partial_sums, index_t z_row) {
     typedef typename S::T T;
     typedef EdgeOperands<S, DUAL, false> Edge;
     typedef typename Edge::N N;
     typedef typename NumberOf<DUAL, T>::type M;
     extern __shared__ __align__(16) char memory[];
     const Shared<S, DUAL> shared(memory + threadIdx.y * Shared<S, DUAL>::bytes(false), false);
-    const int u = (blockIdx.y * (S::WARPS * 32) + threadIdx.x) * S::VEC;
+    const int u = (channel_block<S>() * (S::WARPS * 32) + threadIdx.x) * S::VEC;
     const T zero = graph.poison ? T(*graph.poison) : T(0);
     N sum[S::NZ];
     walk<S, DUAL, false>(
@@ -530,8 +554,8 @@ MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& i
                 Path::forward(wx, m, sum + Path::Z);
             });
         },
-        [&](index_t n, index_t window) {
-            T* row = window < 0 ? z + (n * z_row + u) : partial + (window * z_row + u);
+        [&](index_t n, int partial) {
+            T* row = partial < 0 ? z + (n * z_row + u) : partial_sums + (partial * z_row + u);
             S::Z::each([&](auto slot) {
                 typedef decltype(slot) Slot;
                 if (S::EXACT || u < Slot::MUL) {
@@ -565,12 +589,12 @@ template <int COUNT, int BIT = 16, class T> MF_INLINE void sum_over_lanes(T* val
 // Gradients of <g, z>, or with DUAL their tangents: dx of each edge (summed over senders by another kernel), dw, dy.
 // `dx` has rows from edge `first` on.
 // With a spline there is no dw; the gradient of the edge length follows those of y, as number NY of an edge.
-// Segments and blocks of channels write their shares of dy one after the other, [part][edge][OUT].
+// Segments and blocks of channels write their shares of dy one after the other, [share][edge][OUT].
 template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W, class Range>
 MF_INLINE void conv_backward(const Graph& graph, const Range& range, int first, const Operands<typename S::T>& in,
                              const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline, int image,
                              const typename S::T* g, index_t g_row, typename S::T* dx, typename S::T* dy,
-                             typename S::T* dw, index_t edges, index_t part) {
+                             typename S::T* dw, index_t edges, int share) {
     typedef typename S::T T;
     typedef EdgeOperands<S, DUAL, (S::ORDER > 0)> Edge;
     typedef typename Edge::C C;
@@ -581,9 +605,9 @@ MF_INLINE void conv_backward(const Graph& graph, const Range& range, int first, 
     constexpr int CHUNKS = (S::NY + CHUNK - 1) / CHUNK;
     extern __shared__ __align__(16) char memory[];
     const Shared<S, DUAL> shared(memory + threadIdx.y * Shared<S, DUAL>::bytes(WANT_Y), WANT_Y);
-    const int u = (blockIdx.y * (S::WARPS * 32) + threadIdx.x) * S::VEC;
+    const int u = (channel_block<S>() * (S::WARPS * 32) + threadIdx.x) * S::VEC;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    T* dy_part = dy + (part + blockIdx.y) * edges * S::OUT;
+    T* dy_part = dy + (share * S::CHANNEL_BLOCKS + channel_block<S>()) * edges * S::OUT;
     C grad[S::NZ];
     walk<S, DUAL, SPLINE>(
         shared, graph, range, in, tangent, spline, u, image,
@@ -668,7 +692,7 @@ MF_INLINE void conv_backward(const Graph& graph, const Range& range, int first, 
                 }
             }
         },
-        [](index_t, index_t) {},
+        [](index_t, int) {},
         [&](int count) {
             if (!WANT_Y) return;
             group_barrier<S>();
