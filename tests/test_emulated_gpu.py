@@ -26,7 +26,7 @@ from mace_fast.inference import FrozenMACE
 from mace_fast.kernels import channelwise_tp, channelwise_tp_conv
 from mace_fast.kernels.build import CudaSource
 from mace_fast.kernels.description.linear import Linear
-from mace_fast.kernels.ops import linear_cuda
+from mace_fast.kernels.ops import channelwise, linear_cuda
 from mace_fast.kernels.ops.blas import apply_linear
 from mace_fast.kernels.ops.graph import edge_graph
 from mace_fast.kernels.plan.channelwise import Role, Schedule, plan
@@ -290,13 +290,17 @@ def test_segments_with_rings(seed: int, gpu: None, registers: int) -> None:
         test_channelwise.check_all_orders(mace_product(2, 64), torch.float32, "cpu", nodes=5, edges=40)
 
 
-@pytest.mark.parametrize(("mul", "ring"), [(20, 0), (64, 0), (64, 3)])
+@pytest.mark.parametrize(("mul", "ring"), [(5, 0), (20, 0), (64, 0), (64, 3)])
 @pytest.mark.parametrize("degrees", [(300,), (0, 40, 0, 131, 7, 33, 32, 0, 97, 1), (64, 64, 64), (2, 500, 2)], ids=str)
 def test_receivers_with_very_many_edges(
     seed: int, gpu: None, monkeypatch: pytest.MonkeyPatch, mul: int, ring: int, degrees: tuple[int, ...]
 ) -> None:
-    """Shared out to windows of 32: one or two receivers in a window, receivers that end where a window does."""
+    """Shared out to windows of 32: one or two receivers in a window, receivers that end where a window does. Also
+    without wide loads, and where blocks add the windows of several receivers."""
     d = mace_product(1, mul)
+    if mul == 5:
+        monkeypatch.setattr(channelwise, "_ALIGNMENT", 8)
+        monkeypatch.setattr(channelwise, "_OVERFLOW_BLOCKS", 2)
     if ring:
         test_channelwise.use_schedule(monkeypatch, Schedule(2, 80, prefetch=False, ring=ring))
     receiver = torch.repeat_interleave(torch.arange(len(degrees)), torch.tensor(degrees))

@@ -76,6 +76,8 @@ _MOST_EDGES = 512
 """Edges of one receiver that a group works on in any case; the rest is shared out."""
 _SHARES = 1056
 """Into how many groups the edges are shared out where there are few receivers: 8 for each multiprocessor of an H100."""
+_OVERFLOW_BLOCKS = 2112
+"""Thread blocks that add the sums of windows: as many as an H100 runs at once, since most have nothing to add."""
 _ALIGNMENT = 16
 """Bytes; rows of operands are read in words of up to so many."""
 
@@ -313,10 +315,13 @@ def _run_cuda(
     for entry, shared, depth in launch.kernels:
         launch.module.launch(entry, (*grid, depth), block, shared, head + tail)
     if not variant.backward and windows:
-        overflow = load_cuda(overflow_source(x.element_size()), x.device)
-        columns = -(-z_row // OVERFLOW_THREADS)
-        sums = (z, partial, order, row, receiver, receivers, limit, z_row)
-        overflow.launch("overflow", (windows, columns, 1), (OVERFLOW_THREADS, 1, 1), 0, sums)
+        wide = _ALIGNMENT // x.element_size()
+        vector = wide if z_row % wide == 0 else 1
+        overflow = load_cuda(overflow_source(x.element_size(), vector), x.device)
+        columns = -(-z_row // (vector * OVERFLOW_THREADS))
+        in_turn = min(receivers, max(1, _OVERFLOW_BLOCKS // columns))
+        sums = (z, partial, row, receivers, limit, z_row)
+        overflow.launch("overflow", (in_turn, columns, 1), (OVERFLOW_THREADS, 1, 1), 0, sums)
 
 
 def _aligned(tensor: Tensor | None) -> Tensor | None:

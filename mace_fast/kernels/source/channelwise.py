@@ -331,14 +331,14 @@ def cuda_source(
 
 
 @lru_cache(maxsize=8)
-def overflow_source(item_bytes: int) -> CudaSource:
-    """The kernel ``overflow`` that adds the sums of windows to receivers with very many edges."""
+def overflow_source(item_bytes: int, vector: int) -> CudaSource:
+    """The kernel ``overflow`` that adds the sums of windows to receivers with very many edges, ``vector`` columns a thread."""
     ctype = _ctype(item_bytes)
     text = f"""
 #include "overflow.cuh"
 extern "C" __global__ void __launch_bounds__({OVERFLOW_THREADS}) overflow({ctype}* z, const {ctype}* partial,
-        const int* order, const int* row, const int* receiver, long long receivers, long long limit, long long z_row) {{
-    mf::add_windows(z, partial, order, row, receiver, receivers, limit, z_row);
+        const int* row, long long receivers, long long limit, long long z_row) {{
+    mf::add_windows<{ctype}, {vector}>(z, partial, row, receivers, limit, z_row);
 }}
 """
     headers = tuple((name, header(name)) for name in ("number.h", "overflow.cuh"))
