@@ -25,9 +25,12 @@ from simt import EmulatedModule, LaunchError, emulated_gpu
 from mace_fast.inference import FrozenMACE
 from mace_fast.kernels import channelwise_tp, channelwise_tp_conv
 from mace_fast.kernels.build import CudaSource
-from mace_fast.kernels.ops import channelwise
+from mace_fast.kernels.description.linear import Linear
+from mace_fast.kernels.ops import channelwise, linear_cuda
+from mace_fast.kernels.ops.blas import apply_linear
 from mace_fast.kernels.ops.graph import edge_graph
 from mace_fast.kernels.plan.channelwise import Role, Schedule, plan
+from mace_fast.kernels.source.linear import TILINGS, Tiling
 from mace_fast.patch.api import convert
 from mace_fast.zoo import alloy, checkpoint_path, graph
 
@@ -126,6 +129,57 @@ def test_linear_maps(seed: int, gpu: None, dtype: torch.dtype, species: int) -> 
     expected = torch.cat([test_linear.linear(oracle[0][n : n + 1], oracle[1][index[n]], d) for n in range(70)])
     for out, reference in zip(results, (expected, *torch.autograd.grad(expected, oracle, g)), strict=True):
         assert test_linear.error(out, reference) < 10 * test_linear.TOLERANCE[dtype]
+
+
+# 132 and 36 channels are no whole number of any tiling's steps and shares, 33 none of a wide load; two paths meet in a
+# block; the last block has no path.
+_RAGGED = Linear.from_paths(
+    [(132, 0), (36, 1), (8, 0)], [(36, 0), (4, 2), (40, 1)], [(0, 0, 0.3), (1, 2, -0.4), (2, 0, 0.5)], [(0, 0.7)]
+)
+_ODD = Linear.from_paths([(33, 0), (5, 1)], [(5, 1), (7, 0)], [(1, 0, 0.3), (0, 1, -0.4)])
+
+
+@pytest.mark.parametrize(("dtype", "tiling"), [(d, t) for d in TILINGS for t in TILINGS[d]], ids=str)
+@pytest.mark.parametrize("nodes", [1, 7, 64, 65])
+def test_every_tiling_of_linear_maps(
+    seed: int, gpu: None, monkeypatch: pytest.MonkeyPatch, dtype: str, tiling: Tiling, nodes: int
+) -> None:
+    """With and without species, bias and addend, both weights' directions, components or channels contiguous."""
+    monkeypatch.setattr(linear_cuda, "TILINGS", {dtype: (tiling,)})
+    kind = torch.float32 if dtype == "float32" else torch.float64
+    maps = [_RAGGED, _RAGGED.with_layouts("mul_ir", "mul_ir"), _RAGGED.transposed, _ODD, _ODD.transposed]
+    for d in maps if nodes == 7 else maps[:2]:
+        x, addend = torch.randn(nodes, d.x_dim, dtype=torch.float64), torch.randn(nodes, d.z_dim, dtype=torch.float64)
+        bias = torch.randn(d.bias_numel, dtype=torch.float64) if d.biases else None
+        for species in (None, 3):
+            weight = torch.randn(species or 1, d.weight_numel, dtype=torch.float64)
+            index = torch.randint(species or 1, (nodes,))
+            of_species = [torch.empty_like(addend) for _ in weight]
+            for w, z in zip(weight, of_species, strict=True):
+                apply_linear(x, w, bias, d, z)
+            expected = torch.stack(of_species)[index, torch.arange(nodes)]
+            lists = (None, None)
+            if species is not None:
+                if nodes > 2:
+                    index[1], index[2] = -1, species
+                    expected[1:3] = torch.nan
+                groups = test_segment_sum.segments(index, species)
+                lists = (groups.order, groups.row_ptr)
+            operands = [None if t is None else t.to(kind) for t in (x, weight if species else weight[0], bias)]
+            for more in (None, addend):
+                wanted = expected if more is None else expected + more
+                out = linear_cuda.forward(*operands, *lists, d, None if more is None else more.to(kind))
+                assert torch.equal(out.isnan(), wanted.isnan())
+                assert test_linear.error(out.nan_to_num(), wanted.nan_to_num()) < 5 * test_linear.TOLERANCE[kind]
+                again = linear_cuda.forward(*operands, *lists, d, None if more is None else more.to(kind))
+                assert torch.equal(out.nan_to_num(), again.nan_to_num())
+
+
+def test_few_nodes_take_small_tiles() -> None:
+    """So that the tiles of 64 nodes are more than a GPU's multiprocessors, while many nodes take the largest."""
+    d = Linear.from_paths([(128, 3)], [(128, 3)], [(0, 0, 1.0)])
+    taken = [linear_cuda.choose_tiling(d, nodes, None, torch.float32)[0].bm for nodes in (1, 64, 400, 2000)]
+    assert taken == [16, 16, 32, 64]
 
 
 @pytest.mark.parametrize("layout", ["ir_mul", "mul_ir"])
@@ -236,14 +290,18 @@ def test_segments_with_rings(seed: int, gpu: None, registers: int) -> None:
         test_channelwise.check_all_orders(mace_product(2, 64), torch.float32, "cpu", nodes=5, edges=40)
 
 
-@pytest.mark.parametrize(("mul", "ring"), [(20, 0), (64, 0), (64, 3)])
+@pytest.mark.parametrize(("mul", "ring"), [(5, 0), (20, 0), (64, 0), (64, 3)])
 @pytest.mark.parametrize("degrees", [(300,), (0, 40, 0, 131, 7, 33, 32, 0, 97, 1), (64, 64, 64), (2, 500, 2)], ids=str)
 def test_receivers_with_very_many_edges(
     seed: int, gpu: None, monkeypatch: pytest.MonkeyPatch, mul: int, ring: int, degrees: tuple[int, ...]
 ) -> None:
-    """Shared out to windows of 32: one or two receivers in a window, receivers that end where a window does."""
+    """Shared out to windows of 32: one or two receivers in a window, receivers that end where a window does. Also
+    without wide loads, and where blocks add the windows of several receivers."""
     d = mace_product(1, mul)
     monkeypatch.setattr(channelwise, "_edge_limit", lambda groups, receivers, edges: 32)
+    if mul == 5:
+        monkeypatch.setattr(channelwise, "_ALIGNMENT", 8)
+        monkeypatch.setattr(channelwise, "_OVERFLOW_BLOCKS", 2)
     if ring:
         test_channelwise.use_schedule(monkeypatch, Schedule(2, 80, prefetch=False, ring=ring))
     receiver = torch.repeat_interleave(torch.arange(len(degrees)), torch.tensor(degrees))

@@ -350,7 +350,8 @@ MACE_LIKE = Linear.from_paths(
 
 
 def variants(d: Linear) -> list[Linear]:
-    return [d.with_layouts(x, z) for x, z in BOTH_LAYOUTS] + [d.transposed]
+    arranged = [d.with_layouts(x, z) for x, z in BOTH_LAYOUTS]
+    return arranged + [each.transposed for each in arranged]
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,8 @@ _LEAST_EDGES = {False: 16, True: 8}
 """Edges that a part of a receiver should have at least: of a sum, which is added to others, and of gradients (True)."""
 _PART_COST = 2
 """What a part costs before its first edge and after its last, in edges."""
+_OVERFLOW_BLOCKS = 2112
+"""Thread blocks that add the sums of parts and windows: as many as an H100 runs at once."""
 _ALIGNMENT = 16
 """Bytes; rows of operands are read in words of up to so many."""
 
@@ -325,10 +327,13 @@ def _run_cuda(
     for entry, shared, depth in launch.kernels:
         launch.module.launch(entry, (*grid, depth), block, shared, head + tail)
     if not variant.backward and partial is not None:
-        overflow = load_cuda(overflow_source(x.element_size()), x.device)
-        overflow_grid = (windows if parts == 1 else receivers, -(-z_row // OVERFLOW_THREADS), 1)
-        arguments = (z, partial, order, row, receiver, receivers, limit, parts, blocks * layout.groups, z_row)
-        overflow.launch("overflow", overflow_grid, (OVERFLOW_THREADS, 1, 1), 0, arguments)
+        wide = _ALIGNMENT // x.element_size()
+        vector = wide if z_row % wide == 0 else 1
+        overflow = load_cuda(overflow_source(x.element_size(), vector), x.device)
+        columns = -(-z_row // (vector * OVERFLOW_THREADS))
+        in_turn = min(receivers, max(1, _OVERFLOW_BLOCKS // columns))
+        sums = (z, partial, row, receivers, limit, parts, blocks * layout.groups, z_row)
+        overflow.launch("overflow", (in_turn, columns, 1), (OVERFLOW_THREADS, 1, 1), 0, sums)
 
 
 def _aligned(tensor: Tensor | None) -> Tensor | None:

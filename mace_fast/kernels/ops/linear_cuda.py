@@ -20,10 +20,11 @@ from mace_fast.kernels.source.linear import (
     grad_cuda,
     linear_tables,
     row_tiles,
+    shared_tables,
     weight_tiles,
 )
 
-_FILLED = 132  # thread blocks that keep an H100 busy; a launch with fewer uses the smaller tiles
+_FILLED = 264  # thread blocks that keep an H100 busy, two per multiprocessor; with fewer a launch uses smaller tiles
 _GRAD_BLOCKS = 528  # thread blocks that the weight gradient aims for
 _SMALLEST_CHUNK = 32  # nodes; below this the sum over chunks costs more than the products
 
@@ -58,17 +59,27 @@ def forward(
         return z
     species = None if row_ptr is None else row_ptr.shape[0] - 1
     ids = torch.int64 if row_ptr is None else row_ptr.dtype
-    for tiling in TILINGS[_name(x.dtype)]:
-        blocks = forward_blocks(d, nodes, species, tiling)
-        if blocks >= _FILLED:
-            break
+    tiling, blocks = choose_tiling(d, nodes, species, x.dtype)
     module = _forward_module(d.key, x.dtype, ids, tiling, x.device)
     lists = (_contiguous(order), _contiguous(row_ptr))
     more = None if addend is None else _aligned(addend)
     operands = (_aligned(x), _aligned(weight), _contiguous(bias), *lists, more, z, nodes)
     args = (*operands, *_tables(d.key, x.device), Int32(species or 1))
-    module.launch("linear_forward", (blocks, 1, 1), (tiling.threads, 1, 1), 0, args)
+    shared = _shared_tables(d.key, tiling)
+    module.launch("linear_forward", (blocks, 1, 1), (tiling.threads, 1, 1), shared, args)
     return z
+
+
+def choose_tiling(d: Linear, nodes: int, species: int | None, values: torch.dtype) -> tuple[Tiling, int]:
+    """The largest tiles that fill the device, else the smallest, and the number of thread blocks.
+
+    `species` is None for a map without lists of nodes by species.
+    """
+    for tiling in TILINGS[_name(values)]:
+        blocks = forward_blocks(d, nodes, species, tiling)
+        if blocks >= _FILLED:
+            break
+    return tiling, blocks
 
 
 def weight_grad(
@@ -105,6 +116,11 @@ def _forward_module(
     key: str, values: torch.dtype, ids: torch.dtype, tiling: Tiling, device: torch.device
 ) -> CudaModule:
     return load_cuda(forward_cuda(parse_linear(key), _name(values), _name(ids), tiling), device)
+
+
+@cache
+def _shared_tables(key: str, tiling: Tiling) -> int:
+    return shared_tables(parse_linear(key), tiling)
 
 
 @cache

@@ -332,15 +332,15 @@ def cuda_source(
 
 
 @lru_cache(maxsize=8)
-def overflow_source(item_bytes: int) -> CudaSource:
-    """The kernel ``overflow`` that adds the sums of windows and parts to receivers whose edges several groups share."""
+def overflow_source(item_bytes: int, vector: int) -> CudaSource:
+    """The kernel ``overflow`` that adds the sums of parts and windows to receivers whose edges several groups share;
+    ``vector`` columns a thread."""
     ctype = _ctype(item_bytes)
     text = f"""
 #include "overflow.cuh"
 extern "C" __global__ void __launch_bounds__({OVERFLOW_THREADS}) overflow({ctype}* z, const {ctype}* partial,
-        const int* order, const int* row, const int* receiver, long long receivers, long long limit, long long parts,
-        long long part_groups, long long z_row) {{
-    mf::add_partial_sums(z, partial, order, row, receiver, receivers, limit, int(parts), part_groups, z_row);
+        const int* row, long long receivers, long long limit, long long parts, long long part_groups, long long z_row) {{
+    mf::add_partial_sums<{ctype}, {vector}>(z, partial, row, receivers, limit, int(parts), part_groups, z_row);
 }}
 """
     headers = tuple((name, header(name)) for name in ("number.h", "overflow.cuh"))

@@ -24,7 +24,7 @@ PACK = {"float32": 4, "float64": 2}  # numbers in 16 bytes
 @dataclass(frozen=True)
 class Tiling:
     """Rows and columns of a thread block's tile, depth of a step, rows and columns of a thread, blocks per SM
-    to aim for.
+    to aim for; how many warps share the depth of a tile, 1 if each has a part of its own of the tile.
     """
 
     bm: int
@@ -33,18 +33,23 @@ class Tiling:
     tm: int
     tn: int
     per_sm: int
+    split: int = 1
 
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return self.bm // self.tm * (self.bn // self.tn)
+        return self.bm // self.tm * (self.bn // self.tn) * self.split
 
 
-# From the largest tile to the smallest: the first that fills the device is taken. All give the same bits,
-# since every output is one thread's sum over the input channels in order.
+# From the largest tile to the smallest: the first that fills the device is taken. The first is for throughput;
+# the others, with depths that take a path of 128 channels in one or two steps, for few nodes.
 TILINGS = {
-    "float32": (Tiling(64, 64, 16, 8, 4, 4), Tiling(32, 64, 16, 4, 4, 4)),
-    "float64": (Tiling(64, 64, 16, 8, 4, 2), Tiling(32, 32, 16, 4, 4, 3)),
+    "float32": (
+        Tiling(64, 64, 16, 8, 4, 4),
+        Tiling(32, 32, 64, 8, 4, 3, split=4),
+        Tiling(16, 32, 128, 4, 4, 3, split=4),
+    ),
+    "float64": (Tiling(64, 64, 16, 8, 4, 2), Tiling(16, 32, 64, 4, 4, 3, split=4)),
 }
 
 _MAP = """const mf::Block* blocks, const mf::Path* paths, int block_count, int path_count, int x_dim, int
@@ -98,6 +103,12 @@ def forward_blocks(description: Linear, nodes: int, species: int | None, tiling:
     )
 
 
+def shared_tables(d: Linear, tiling: Tiling) -> int:
+    """Bytes of dynamic shared memory of linear_forward: where warps share a tile, it keeps the map's tables there."""
+    tables = linear_tables(d)
+    return 0 if tiling.split == 1 else len(tables.blocks) + len(tables.paths)
+
+
 def weight_tiles(d: Linear, tiling: Tiling) -> int:
     """Thread blocks of linear_grad_partial per chunk of nodes."""
     return sum(-(-d.x[p.x][0] // tiling.bm) * -(-d.z[p.z][0] // tiling.bn) for p in d.paths)
@@ -132,8 +143,9 @@ def weight_along_x(description: Linear) -> bool:
 
 @cache
 def _forward(vx: int, vw: int, vz: int, along_x: bool, values: str, ids: str, tiling: Tiling) -> CudaSource:
+    algorithm = "indexed_linear.cuh" if tiling.split == 1 else "indexed_linear_split.cuh"
     text = f"""{_preamble(vx, vw, vz, along_x, values, ids, tiling)}
-#include "indexed_linear.cuh"
+#include "{algorithm}"
 using mf::index_t;
 
 extern "C" __global__ void __launch_bounds__({tiling.threads}, {tiling.per_sm}) linear_forward(
@@ -143,7 +155,7 @@ extern "C" __global__ void __launch_bounds__({tiling.threads}, {tiling.per_sm}) 
     mf::linear_forward(x, weight, bias, order, row_ptr, addend, z, map, nodes);
 }}
 """
-    return _source("linear_forward", text, ("indexed_linear.cuh",), ("linear_forward",))
+    return _source("linear_forward", text, (algorithm,), ("linear_forward",))
 
 
 @cache
@@ -169,7 +181,7 @@ extern "C" __global__ void __launch_bounds__({SUM_THREADS}) linear_grad_sum(
 def _preamble(vx: int, vw: int, vz: int, along_x: bool, values: str, ids: str, tiling: Tiling) -> str:
     return f"""typedef {FLOATS[values]} T;
 typedef {IDS[ids]} I;
-constexpr int BM = {tiling.bm}, BN = {tiling.bn}, BK = {tiling.bk}, TM = {tiling.tm}, TN = {tiling.tn};
+constexpr int BM = {tiling.bm}, BN = {tiling.bn}, BK = {tiling.bk}, TM = {tiling.tm}, TN = {tiling.tn}, SPLIT = {tiling.split};
 constexpr int VX = {vx}, VW = {vw}, VZ = {vz};
 constexpr bool W_ALONG_X = {"true" if along_x else "false"};"""
 

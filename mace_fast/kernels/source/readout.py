@@ -27,16 +27,20 @@ def _parameters(ctype: str, hidden: tuple[int, ...]) -> str:
 def _body(ctype: str, hidden: tuple[int, ...]) -> list[str]:
     readouts = [
         f"    total += mf::read_out<{size}>(mf::Readout<{ctype}>{{features_{k}, dim_{k}, first_{k}, width_{k}, second_{k}, "
-        f"gradient_{k}}}, n, lane, head[n], scale[n]);"
+        f"gradient_{k}}}, n, lane, head_of_n, scale_of_n);"
         for k, size in enumerate(hidden)
     ]
     return [
+        # Read first, and by all lanes: at the end they would be one more wait.
+        f"    const {ctype} scale_of_n = scale[n], shift_of_n = shift[n];",
+        "    const double base_of_n = base[n];",
+        "    const long long head_of_n = head[n];",
         "    double total = extra ? double(extra[n]) : 0.0;",
         *readouts,
         "    if (lane == 0) {",
-        "        const double value = double(scale[n]) * total + double(shift[n]);",
+        "        const double value = double(scale_of_n) * total + double(shift_of_n);",
         "        interaction[n] = value;",
-        "        energy[n] = base[n] + value;",
+        "        energy[n] = base_of_n + value;",
         "    }",
     ]
 

@@ -125,16 +125,25 @@ MF_INLINE void write_nodes(
         for (int j = 0; j < TN; ++j) stage.product[product.m + i][product.column_of(j)] = product.value[i][j];
     __syncthreads();
     const int width = min(BN, block.mul - n0) * block.dim;
-    const index_t last = (tile.first + tile.rows - 1) / block.dim;
-    for (index_t member = tile.first / block.dim; member <= last; ++member) {
-        const int row = int(member * block.dim - tile.first);  // of component 0; negative in a node that began before
-        const index_t begin = tile.at(member) * z_dim + block.z + n0 * block.z_channel;
-        for (int q = threadIdx.x; q < width; q += THREADS) {
-            const int n = q / block.dim, component = q - n * block.dim, r = row + component;
-            if (r < 0 || r >= tile.rows) continue;
-            const index_t place = begin + n * block.z_channel + component * block.z_component;
-            z[place] = addend ? stage.product[r][n] + addend[place] : stage.product[r][n];
+    const int members = (tile.head + tile.rows - 1) / block.dim + 1;
+    constexpr int BATCH = 4;  // addends of as many outputs are loaded together: to wait for each would take longer than the product
+    for (int base = threadIdx.x; base < members * width; base += BATCH * THREADS) {
+        index_t place[BATCH];
+        T value[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+            const int e = base + i * THREADS, member = e / width, q = e - member * width;
+            const int n = q / block.dim, component = q - n * block.dim;
+            const int r = member * block.dim - tile.head + component;
+            place[i] = -1;
+            if (member >= members || r < 0 || r >= tile.rows) continue;
+            place[i] = tile.at(tile.lead + member) * z_dim + block.z + (n0 + n) * block.z_channel +
+                       component * block.z_component;
+            value[i] = addend ? stage.product[r][n] + addend[place[i]] : stage.product[r][n];
         }
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i)
+            if (place[i] >= 0) z[place[i]] = value[i];
     }
 }
 
@@ -144,13 +153,7 @@ MF_INLINE void linear_forward(
     alignas(16) __shared__ Stage stage;
 
     index_t id = blockIdx.x;
-    int b = 0;
-    for (; b < map.block_count; ++b) {
-        const int columns = (map.blocks[b].mul + BN - 1) / BN;
-        const index_t count = row_tiles(nodes, map.species, row_ptr, map.blocks[b].dim, BM) * columns;
-        if (id < count) break;
-        id -= count;
-    }
+    const int b = map.find_block(id, nodes, row_ptr, BM, BN);
     if (b == map.block_count) return;
     const Block block = map.blocks[b];
     const int columns = (block.mul + BN - 1) / BN;

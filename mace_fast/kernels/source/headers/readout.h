@@ -15,16 +15,19 @@ template <class T> struct Readout {
 // HIDDEN == 0: the row of `first` of the node's head. Else silu between two linear maps.
 template <int HIDDEN, class T>
 MF_INLINE T read_out(const Readout<T>& r, index_t n, int lane, index_t head, T scale) {
+    constexpr int AHEAD = HIDDEN > 16 ? 1 : 4;  // features whose loads are in flight together, as far as registers go
     const T* x = r.features + n * r.dim;
     if constexpr (HIDDEN == 0) {
         const T* weights = r.first + head * r.width;
         T sum = T(0);
+MF_UNROLL_BY(AHEAD)
         for (index_t c = lane; c < r.width; c += LANES) sum += x[c] * weights[c];
         return sum_lanes(sum);
     } else {
         T hidden[HIDDEN];
 MF_UNROLL
         for (int j = 0; j < HIDDEN; ++j) hidden[j] = T(0);
+MF_UNROLL_BY(AHEAD)
         for (index_t c = lane; c < r.width; c += LANES) {
             const T value = x[c];
 MF_UNROLL
@@ -32,12 +35,22 @@ MF_UNROLL
         }
         T energy = T(0);
 MF_UNROLL
-        for (int j = 0; j < HIDDEN; ++j) {
-            const T h = sum_lanes(hidden[j]);
+        for (int j = 0; j < HIDDEN; ++j) hidden[j] = sum_lanes(hidden[j]);
+MF_UNROLL
+        for (int first = 0; first < HIDDEN; first += LANES) {
+            // A lane for each value: one after the other, exponentials and divisions would be most of the time.
+            T h = T(0);
+MF_UNROLL
+            for (int j = first; j < HIDDEN && j < first + LANES; ++j)
+                if (j - first == lane) h = hidden[j];
+            const T weight = first + lane < HIDDEN ? r.second[first + lane] : T(0);
             const T sigmoid = T(1) / (T(1) + exp(-h));
-            energy += r.second[j] * (h * sigmoid);
-            hidden[j] = scale * r.second[j] * (sigmoid + h * sigmoid * (T(1) - sigmoid));
+            energy += weight * (h * sigmoid);
+            const T slope = scale * weight * (sigmoid + h * sigmoid * (T(1) - sigmoid));
+MF_UNROLL
+            for (int j = first; j < HIDDEN && j < first + LANES; ++j) hidden[j] = of_lane(slope, j - first);
         }
+        energy = sum_lanes(energy);
         if (r.gradient) {
             for (index_t c = lane; c < r.dim; c += LANES) {
                 T sum = T(0);
