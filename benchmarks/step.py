@@ -51,6 +51,8 @@ from mace_fast.loading import load_model
 
 BACKENDS = ("mace-torch", "cueq", "oeq", "mace_fast", "no-graph")
 PEERS = {"mace-torch": {}, "cueq": {"enable_cueq": True}, "oeq": {"enable_oeq": True}}
+ALLOYS = {"alloy": (("Cu", "Ag", "Au"), 3.95), "five-metals": (("Cr", "Mn", "Fe", "Co", "Ni"), 3.6)}
+"""Species and cubic lattice constant, A, of fcc alloys."""
 _AMPLITUDE = 0.06
 """A, standard deviation of each coordinate: carbon at some hundred K."""
 _MEMORY = 0.98
@@ -82,9 +84,12 @@ def structure(kind: str, natoms: int) -> Atoms:
     """About so many atoms of a crystal or a liquid."""
     if kind == "diamond":
         return zoo.diamond(natoms, rattle=0.0)
-    if kind == "alloy":
-        repeats = round((natoms / 4) ** (1 / 3))
-        return zoo.alloy((repeats, repeats, repeats), rattle=0.0, seed=0)
+    if kind in ALLOYS:
+        cells = round(natoms / 4)
+        sides = [(a, b, cells // (a * b)) for a in range(1, 33) for b in range(a, 33) if cells % (a * b) == 0]
+        repeats = min(sides, key=lambda side: max(side) - min(side))
+        symbols, constant = ALLOYS[kind]
+        return zoo.alloy(repeats, symbols=symbols, constant=constant, rattle=0.0, seed=0)
     return zoo.water(natoms // 3)
 
 
@@ -360,9 +365,15 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mp0-medium", help=f"of the zoo, or {zoo.checkpoint_path().stem}")
-    parser.add_argument("--structure", choices=("diamond", "alloy", "water"), default="diamond")
+    parser.add_argument("--structure", choices=("diamond", *ALLOYS, "water"), default="diamond")
 
-    parser.add_argument("--sizes", nargs="+", type=int, default=[64, 1000] if on_gpu else [64], help="atoms; 8 m^3")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=int,
+        default=[64, 1000] if on_gpu else [64],
+        help="8 m^3 of diamond",
+    )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["mace-torch", "mace_fast"])
     parser.add_argument("--lists", nargs="*", type=int, default=[64, 1000, 21952], help="atoms; give none to skip")
     parser.add_argument("--batch", type=int, default=0, help="structures; needs a model of H and O")
