@@ -49,3 +49,19 @@ def test_only_what_is_asked_for_in_the_callers_dtype(rng: np.random.Generator) -
     kept = out["forces"].clone()
     captured({**data, "positions": data["positions"] + 0.01 * torch.randn_like(data["positions"])})
     assert torch.equal(out["forces"], kept), "results stay valid after the next call"
+
+
+def test_shifts_of_a_cell_that_changes(rng: np.random.Generator) -> None:
+    """The list stays and its shifts do not: another tensor, then the same one written in place."""
+    model = build()
+    fast = frozen(model)
+    captured = CapturedMACE(fast, capture=False)
+    (atoms, *_) = WALKS["moves"](rng)
+    data = zoo.graph(atoms, model)
+    captured(data)
+    strain = torch.eye(3, dtype=torch.float64) * 1.01
+    data["shifts"], data["cell"] = data["shifts"] @ strain, data["cell"] @ strain
+    assert torch.allclose(captured(data)["forces"], fast(dict(data))["forces"], rtol=0, atol=1e-12)
+    data["shifts"] *= 1.01
+    data["cell"] *= 1.01
+    assert torch.allclose(captured(data)["forces"], fast(dict(data))["forces"], rtol=0, atol=1e-12)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mace_fast.errors import MissingToolError
-from mace_fast.inference.edges import SortedEdges, pad
+from mace_fast.inference.edges import Memo, SortedEdges, pad
 from mace_fast.inference.energies import NodeInputs
 from mace_fast.inference.frozen import FrozenMACE, Geometry, Prepared
 from mace_fast.kernels.ops.geometry import edge_geometry
@@ -73,6 +73,8 @@ class StaticProgram:
         self.model, self.bucket, self.forces, self.stress = model, bucket, forces or stress, stress
         self.version: tuple[Any, ...] | None = None
         """What is loaded, as the caller counts it."""
+        self.shifts_from: Memo[bool] = Memo()
+        """The tensors that the shifts were last set from, for callers that get the same ones again."""
         self._capture = capture
         self._pool = pool
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -178,13 +180,19 @@ class StaticProgram:
         return {name: self._outputs_array[part].reshape(shape).copy() for name, part, shape in self._layout()}
 
     def step_on_device(self, positions: Tensor, cells: Tensor) -> dict[str, Tensor]:
-        """The same with tensors on the device; the results are copies, float64."""
+        """The same with tensors on the device; the results are copies, in float64 for nodes, else as the positions."""
         atoms, graphs = self._sizes
         start = self.bucket.atoms
         self._inputs[:atoms] = positions.detach()
         self._inputs[start : start + 3 * graphs] = cells.detach().reshape(-1, 3)
         self.run()
-        return {name: self._outputs[part].view(shape).clone() for name, part, shape in self._layout()}
+        # Two small kernels for all results: a launch takes the host longer than the device.
+        exact = self._outputs.clone()
+        rounded = exact.to(positions.dtype)
+        return {
+            name: (exact if name == "node_energy" else rounded)[part].view(shape)
+            for name, part, shape in self._layout()
+        }
 
     def run(self) -> None:
         """Evaluate what is in the buffers; on CUDA this does not wait for the device."""
