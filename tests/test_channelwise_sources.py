@@ -93,6 +93,20 @@ def test_what_no_ring_is_for() -> None:
             plan(description, 4, Role(), Schedule(1, 80, False, ring))
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_no_ring_where_rows_are_not_aligned(backward: bool) -> None:
+    """Blocks that no path reads shift rows all the same: 32x1 + 5x4 has rows of 141 numbers."""
+    paths, role = (Path(0, 0, 0, 1.0),), Role(backward=backward)
+    aligned = ChannelwiseTensorProduct(((32, 1), (4, 4)), ((1, 1),), ((32, 0),), paths)
+    assert plan(aligned, 4, role).schedule.ring
+    for x in (((32, 1), (5, 4)), ((5, 4), (32, 1))):
+        first = Path(x.index((32, 1)), 0, 0, 1.0)
+        shifted = ChannelwiseTensorProduct(x, ((1, 1),), ((32, 0),), (first,))
+        assert plan(shifted, 4, role).schedule.ring == 0
+        with pytest.raises(ValueError, match="begin there"):
+            plan(shifted, 4, role, Schedule(1, 80, False, 3))
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("ctype", ["float", "double"])
 def test_harmonics_compile(arch: str, ctype: str) -> None:

@@ -70,7 +70,7 @@ NO_SPLINE: Spline = (None, None, None, 0, 0.0)
 _NO_GRAPH: Graph = (None,) * 7
 _TARGET_EDGES = 32
 """Edges that one group of warps should see at least: with fewer a receiver, it takes several receivers in a row."""
-_MANY_GROUPS = 512
+_MANY_GROUPS = 768
 """Groups of warps that keep a GPU busy; where receivers give fewer, several groups share the edges of each."""
 _MOST_EDGES = 512
 """Edges of one receiver that a group works on in any case; the rest is shared out."""

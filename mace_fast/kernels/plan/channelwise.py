@@ -24,8 +24,12 @@ _BOOKKEEPING = 40
 SHARED_BYTES = 64 * 1024
 """Shared memory that one block may take, so that at least three blocks stay resident on sm_80 and later."""
 
-RING_BYTES = 112 * 1024
-"""Shared memory that a block with rings may take: two then fit a multiprocessor of sm_90."""
+RING_BYTES = 96 * 1024
+"""Shared memory that a block with rings may take: what sm_86, sm_89 and sm_120 give; two then fit a multiprocessor of
+sm_90."""
+
+_COPY_BYTES = 16
+"""Of one copy into a ring; it reads from an address that is a multiple of this."""
 
 _GROUPS = 4
 """Receivers that a block works on where one warp has all channels, unless shared memory makes their tiles too short."""
@@ -291,7 +295,12 @@ def _preferred(role: Role, item_bytes: int) -> tuple[Preference, ...]:
             Preference(ahead, 180, alone=200),
         )
     if role.backward and role.dual:
-        return (Preference(Schedule(2, 80, False), 160), Preference(Schedule(1, 80, True), 245))
+        return (
+            Preference(Schedule(2, 80, False), 160),
+            Preference(Schedule(2, 80, False, 4), 230),
+            Preference(Schedule(1, 54, False, 3), 170, segments=1),
+            Preference(Schedule(1, 80, True), 245),
+        )
     if role.backward:
         return (
             Preference(ahead, 150, alone=most),
@@ -301,7 +310,11 @@ def _preferred(role: Role, item_bytes: int) -> tuple[Preference, ...]:
             Preference(Schedule(1, 80, True), most),
         )
     if role.dual:
-        return (Preference(ahead, 160, alone=200),)
+        return (
+            Preference(ahead, 160, alone=200),
+            Preference(Schedule(1, 54, False, 3), 150),
+            Preference(Schedule(1, 54, False), 150),
+        )
     return (
         Preference(ahead, 100, alone=200),
         Preference(Schedule(1, 54, False, 3), 100, segments=1),
@@ -367,16 +380,23 @@ def _plan(description: ChannelwiseTensorProduct, item_bytes: int, role: Role, sc
         description.y_dim,
     )
     if schedule.ring:
-        _require_ring(layout)
+        _require_ring(layout, description)
     return layout
 
 
-def _require_ring(layout: ChannelwisePlan) -> None:
+def _require_ring(layout: ChannelwisePlan, d: ChannelwiseTensorProduct) -> None:
     ring, tile = layout.schedule.ring, min(segment.tile for segment in layout.segments)
     side_by_side = all(path.flat.w_stride == 1 for segment in layout.segments for path in segment.paths)
     if layout.role.spline or not layout.exact or not side_by_side or layout.schedule.prefetch:
         raise ValueError(
             "a ring is for weights that are read, of products whose channels fill all warps, without prefetch"
+        )
+    places = [d.x_dim, d.weight_numel]
+    for segment in layout.segments:
+        places += [slot.offset for slot in segment.x] + [path.flat.w_offset for path in segment.paths]
+    if any(place * layout.item_bytes % _COPY_BYTES for place in places):
+        raise ValueError(
+            f"a ring copies {_COPY_BYTES} bytes at a time: rows of x and weights, and blocks in them, begin there"
         )
     most = max(layout.shared_bytes(segment, want_y=layout.role.backward) for segment in layout.segments)
     if not 3 <= ring <= tile or most > RING_BYTES:
