@@ -21,7 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,8 @@ def measure(
     dtype: torch.dtype,
     device: torch.device,
     budget_s: float,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Rows of one model; results are compared with mace-torch's where that is the first of the backends."""
-    rows = []
     base = zoo.build(name, dtype=dtype)
     expected: dict[int, dict[str, Tensor]] = {}
     for backend in backends:
@@ -134,8 +133,7 @@ def measure(
         except Exception as error:  # a peer that is not installed or cannot convert is a row with its error
             if backend.startswith("mace_fast"):
                 raise
-            rows.append({**label, "error": f"{type(error).__name__}: {error}"[:200]})
-            print(rows[-1], flush=True)
+            yield {**label, "error": f"{type(error).__name__}: {error}"[:200]}
             continue
         for natoms in sizes:
             graph = zoo.graph(structure(kind, natoms), base, dtype=dtype)
@@ -155,12 +153,10 @@ def measure(
                 if backend.startswith("mace_fast"):
                     raise
                 row["error"] = str(error)[:200]
-            rows.append(row)
-            print({key: value for key, value in row.items() if key != "kind"}, flush=True)
+            yield row
             release(device)
         del evaluate
         release(device)
-    return rows
 
 
 def measure_row(
@@ -210,16 +206,23 @@ def main() -> None:
     device = torch.device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = False
     print(f"{device_name(device)}, torch {torch.__version__}", flush=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, kind, sizes in ROWS:
         if name in args.models:
             chosen = list(args.sizes or sizes)
-            rows += measure(name, kind, chosen, args.backends, getattr(torch, args.dtype), device, args.budget)
-            if args.output:  # after each model: a run that is cut short keeps what it has
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                command = " ".join(["python -m benchmarks.model", *sys.argv[1:]])
-                result = {"command": command, "device": device_name(device), "torch": torch.__version__, "rows": rows}
-                args.output.write_text(json.dumps(result, indent=1) + "\n")
+            for row in measure(name, kind, chosen, args.backends, getattr(torch, args.dtype), device, args.budget):
+                rows.append(row)
+                print({key: value for key, value in row.items() if key != "kind"}, flush=True)
+                if args.output:  # after each row: a run that is cut short keeps what it has
+                    write(args.output, rows, device)
+
+
+def write(path: Path, rows: list[dict[str, Any]], device: torch.device) -> None:
+    """Rows with what they were measured on, and the command."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python -m benchmarks.model", *sys.argv[1:]])
+    result = {"command": command, "device": device_name(device), "torch": torch.__version__, "rows": rows}
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ _LIBRARY.define(
     "bool want_x) -> (Tensor, Tensor)"
 )
 
-_SCRATCH_BYTES = {True: 1 << 30, False: 1 << 26}
+_SCRATCH_BYTES = {True: 1 << 29, False: 1 << 26}
 """Room for gradients of edges on their way to their senders, on a GPU and on a CPU; more edges are taken in turn."""
 
 
