@@ -162,5 +162,5 @@ def test_parts_of_production_shapes(backward: bool, lmax: int, most: int) -> Non
 
     assert 6 <= parts(64) <= most
     assert -(-64 * parts(64) // layout.groups) * len(layout.segments) <= slots
-    assert parts(511) < parts(64) <= parts(16)
-    assert parts(512) == parts(4096) == 1
+    assert parts(700) < parts(64) <= parts(16)
+    assert parts(768) == parts(4096) == 1

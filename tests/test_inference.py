@@ -201,6 +201,18 @@ def test_tables_are_proven_and_refused(seed: int) -> None:
         tabulate("g", [lambda r: torch.sin(4000 * r)[:, None]], 5.0, torch.float32)
 
 
+def test_verifying_fetches_what_may_be_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables for each pair of species; a tensor of a GPU cannot become an array by itself."""
+
+    def refuse(self: torch.Tensor, *args: object, **kwargs: object) -> np.ndarray:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    model = small("omat0-small")
+    fast = convert(model, verify=False)
+    monkeypatch.setattr(torch.Tensor, "__array__", refuse)
+    assert verify_frozen(model, FrozenMACE(fast)).passed
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MODELS)
 def test_captured_program_follows_the_frozen_one(seed: int, name: str) -> None:
