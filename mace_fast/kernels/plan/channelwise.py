@@ -274,7 +274,7 @@ class Preference:
 def _preferred(role: Role, item_bytes: int) -> tuple[Preference, ...]:
     """Best first.
 
-    Read off benchmarks/results/h100-tune.json. Segments that have to follow one another lost everywhere, and so did
+    Read off benchmarks/results/h100-tune*.json. Segments that have to follow one another lost everywhere, and so did
     most that spill. Sums over channels (backward) gain from many registers and few segments; what only streams weights
     (forward) from a ring of edges in shared memory, which leaves the registers to the outputs, or from loading ahead
     where one warp works alone on a receiver; splines from wide loads.
