@@ -73,7 +73,8 @@ def verify_frozen(
     if structures is None:
         structures = default_structures(reference)
         if depends_on_species(frozen):
-            structures = [_of_few_elements(atoms, reference.get_buffer("atomic_numbers").cpu().numpy()) for atoms in structures]
+            numbers = reference.get_buffer("atomic_numbers").cpu().numpy()
+            structures = [_of_few_elements(atoms, numbers) for atoms in structures]
     return compare(reference, candidate, structures=structures, dtypes=dtypes, modes=_MODES, progress=progress)
 
 
