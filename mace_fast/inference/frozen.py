@@ -82,7 +82,12 @@ class FrozenMACE(torch.nn.Module):
         self._memo: Memo[SortedEdges] = Memo()
         self._prepared: Prepared | None = None
         self._nodes: Memo[tuple[Prepared, NodeInputs]] = Memo()
-        self._parameter_dicts: list[dict[str, Any]] = [module._parameters for module in self.modules()]
+        self._parameter_dicts: list[dict[str, Any]] = [
+            module._parameters
+            for module in self.modules()
+            # TorchScript takes long to say that a module has none, and cannot give it any later.
+            if module._parameters or not isinstance(module, torch.jit.ScriptModule)
+        ]
         self.table_error: float | None = None
 
     def __reduce__(self) -> tuple[type[FrozenMACE], tuple[torch.nn.Module]]:

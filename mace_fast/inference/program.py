@@ -84,6 +84,7 @@ class StaticProgram:
         self._edges: SortedEdges | None = None
         self._data: dict[str, Tensor] = {}
         self._sizes = (0, 0)
+        self._layout: list[tuple[str, slice, tuple[int, ...]]] = []
         atoms, edges, graphs = bucket
         pinned = self.device.type == "cuda"
 
@@ -138,6 +139,7 @@ class StaticProgram:
         self._make_nodes(self.model.prepare(edges.present))
         self._shifts[count:] = FAR
         self._sizes = (atoms, graphs)
+        self._layout = self._places(atoms, graphs)
         self.version = version
 
     def set_shifts(self, shifts: Tensor) -> None:
@@ -177,7 +179,7 @@ class StaticProgram:
         if self._outputs is not self._host_outputs:
             self._host_outputs.copy_(self._outputs, non_blocking=True)
             torch.cuda.current_stream(self.device).synchronize()
-        return {name: self._outputs_array[part].reshape(shape).copy() for name, part, shape in self._layout()}
+        return {name: self._outputs_array[part].reshape(shape).copy() for name, part, shape in self._layout}
 
     def step_on_device(self, positions: Tensor, cells: Tensor) -> dict[str, Tensor]:
         """The same with tensors on the device; the results are copies, in float64 for nodes, else as the positions."""
@@ -190,8 +192,7 @@ class StaticProgram:
         exact = self._outputs.clone()
         rounded = exact.to(positions.dtype)
         return {
-            name: (exact if name == "node_energy" else rounded)[part].view(shape)
-            for name, part, shape in self._layout()
+            name: (exact if name == "node_energy" else rounded)[part].view(shape) for name, part, shape in self._layout
         }
 
     def run(self) -> None:
@@ -253,9 +254,8 @@ class StaticProgram:
             flat.append(value.flatten())
         torch.cat(flat, out=self._outputs)
 
-    def _layout(self) -> list[tuple[str, slice, tuple[int, ...]]]:
-        """Where the results of what is loaded lie in the packed outputs, and their shapes."""
-        atoms, graphs = self._sizes
+    def _places(self, atoms: int, graphs: int) -> list[tuple[str, slice, tuple[int, ...]]]:
+        """Where the results of so many atoms and structures lie in the packed outputs, and their shapes."""
         parts, start = [], 0
         for name, shape in self._parts.items():
             row = math.prod(shape[1:])
