@@ -85,8 +85,8 @@ class FrozenMACE(torch.nn.Module):
         self._parameter_dicts: list[dict[str, Any]] = [
             module._parameters
             for module in self.modules()
-            # TorchScript takes long to say that a module has none, and cannot give it any later.
-            if module._parameters or not isinstance(module, torch.jit.ScriptModule)
+            # A module without any gets none later; TorchScript takes long to say each time that there are none.
+            if len(module._parameters)
         ]
         self.table_error: float | None = None
 
