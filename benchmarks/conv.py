@@ -17,7 +17,6 @@ timed, its row says so, and the exit status is 1.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import sys
@@ -35,7 +34,7 @@ from benchmarks.graphs import GRAPHS
 from benchmarks.peers import BACKENDS, Conv, Peer, peer
 from benchmarks.problems import DIFFDOCK, PROBLEMS, TABLE, FullyConnectedProblem, Problem, forward_operations
 from benchmarks.roofline import plot_roofline
-from benchmarks.timing import copy_bandwidth, device_name, float32_peak, median_ms, peak_memory_mib
+from benchmarks.timing import copy_bandwidth, device_name, float32_peak, median_ms, peak_memory_mib, release
 from benchmarks.turns import my_turn
 from mace_fast.kernels import FullyConnectedTensorProduct, channelwise_tp_conv, edge_graph, fully_connected_tp_conv
 
@@ -134,13 +133,6 @@ def measure(
             row["error"] = f"out of memory in {key}"
             break
     return row
-
-
-def release(device: torch.device) -> None:
-    """Give memory back to others."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def floor_ms(

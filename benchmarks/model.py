@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
 import os
 import statistics
@@ -31,7 +30,7 @@ os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # e3nn 0.4 under
 import torch
 from torch import Tensor
 
-from benchmarks.timing import device_name, kernel_times, peak_memory_mib
+from benchmarks.timing import device_name, kernel_times, peak_memory_mib, release
 from benchmarks.turns import my_turn
 from mace_fast import zoo
 from mace_fast.inference import CapturedMACE, FrozenMACE
@@ -184,13 +183,6 @@ def measure_row(
     if device.type == "cuda":
         row["busy_ms"] = round(sum(us for us, _ in kernel_times(call, warmup=1, repeats=3).values()) / 1e3, 4)
     return row
-
-
-def release(device: torch.device) -> None:
-    """Give memory back, so that one row does not count another's."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def main() -> None:

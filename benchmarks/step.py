@@ -40,7 +40,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 from mace.calculators import MACECalculator
 
-from benchmarks.timing import device_name
+from benchmarks.timing import device_name, release
 from benchmarks.turns import my_turn
 from mace_fast import zoo
 from mace_fast.calculators import MACEFastCalculator
@@ -337,9 +337,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         if backend == "mace_fast" and options.batch:
             keep(label | measure_batch(options.batch, calculator, options))
         del calculator
-        gc.collect()
-        if options.device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        release(torch.device(options.device))
     for natoms in options.lists:
         for row in measure_lists(structure("diamond", natoms), cutoff, options):
             keep(row)
@@ -372,7 +370,7 @@ def main() -> None:
         nargs="+",
         type=int,
         default=[64, 1000] if on_gpu else [64],
-        help="8 m^3 of diamond",
+        help="atoms; 8 m^3 of diamond",
     )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["mace-torch", "mace_fast"])
     parser.add_argument("--lists", nargs="*", type=int, default=[64, 1000, 21952], help="atoms; give none to skip")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import statistics
 import time
@@ -68,6 +69,13 @@ def peak_memory_mib(call: Callable[[], object], device: torch.device) -> float |
     call()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def release(device: torch.device) -> None:
+    """Give memory that nothing uses back: to others, and so that one row does not count another's."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def kernel_times(call: Callable[[], object], *, warmup: int = 5, repeats: int = 10) -> dict[str, tuple[float, float]]:
