@@ -24,6 +24,10 @@ mace-torch's own initial values their messages are near 0.004, and a wrong third
 would hide below float32's rounding; with it they are near 0.1, as they are in the blocks that normalise by
 density. Not for the attention block: its radial network sees node features, so two layers of it would explode."""
 
+_DENSITY_NORMALISED = (
+    mace.modules.interaction_classes["RealAgnosticDensityInteractionBlock"],
+    mace.modules.interaction_classes["RealAgnosticDensityResidualInteractionBlock"],
+)
 _NEIGHBOUR_NORMALISED = (
     mace.modules.interaction_classes["RealAgnosticInteractionBlock"],
     mace.modules.interaction_classes["RealAgnosticResidualInteractionBlock"],
@@ -149,6 +153,11 @@ def _randomise(model: mace.modules.MACE) -> None:
     for block in model.modules():
         if isinstance(block, _NEIGHBOUR_NORMALISED):
             block.conv_tp_weights[-1].weight.mul_(gain)
+        if isinstance(block, _DENSITY_NORMALISED):
+            # The density is a square of one weighted sum of radial functions. Where signs let it cancel for all
+            # neighbours at once, nothing normalises the messages, and the products raise them to the ninth power.
+            for weight in block.density_fn.parameters():
+                weight.abs_()
         if isinstance(block, mace.modules.radial.RadialMLP):
             # Its input is a few radial functions beside hundreds of species features: make the distance
             # count.
