@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from mace.modules.radial import PolynomialCutoff
 
 from mace_fast import zoo
 from mace_fast.errors import MissingToolError, UnsupportedModuleError, VerificationError
@@ -199,6 +200,16 @@ def test_tables_are_proven_and_refused(seed: int) -> None:
     assert float(interpolate(table.rows, torch.tensor([float(table.intervals) + 5])).abs().max()) == 0.0
     with pytest.raises(UnsupportedModuleError, match="cannot be tabulated"):
         tabulate("g", [lambda r: torch.sin(4000 * r)[:, None]], 5.0, torch.float32)
+
+
+def test_a_cutoff_function_s_jump_costs_no_intervals(seed: int) -> None:
+    """Its third derivative is zero at the cutoff and not below it, where the last polynomial ends."""
+    envelope = PolynomialCutoff(5.0, p=5)
+
+    def radial(r: torch.Tensor) -> torch.Tensor:
+        return (torch.sin(3 * r) * envelope(r))[:, None]
+
+    assert tabulate("f", [radial], 5.0, torch.float64).intervals == 1024
 
 
 def test_verifying_fetches_what_may_be_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

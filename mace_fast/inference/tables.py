@@ -21,10 +21,9 @@ RadialFunction = Callable[[Tensor], Tensor]
 
 _GRIDS = {
     torch.float32: ((256, 6), (512, 6), (1024, 6), (2048, 6)),
-    torch.float64: ((1024, 8), (4096, 6), (8192, 6)),
+    torch.float64: ((1024, 8), (2048, 8), (4096, 8)),
 }
-"""Intervals and coefficients of an interval, in the order in which they are tried. Order 8 needs a fourth derivative,
-which torch (2.13) gets wrong for networks with a layer norm; the bound finds that out, and order 6 serves them."""
+"""Intervals and coefficients of an interval, in the order in which they are tried."""
 
 _TOLERANCE = {torch.float32: 4e-9, torch.float64: 2e-14}
 """Error between knots over the largest value. A tenth of the rounding of the type and less, because forces need the
@@ -86,10 +85,12 @@ def _rows(function: RadialFunction, cutoff: float, intervals: int, order: int) -
     """
     r = torch.linspace(0, cutoff, intervals + 1, dtype=torch.float64)
     r[0] = _ZERO
+    # The polynomial needs derivatives from below: cutoff functions are zero from the cutoff on, but the third
+    # derivative of the usual one jumps there.
+    r[-1] = math.nextafter(cutoff, 0.0)
     spacing = cutoff / intervals
     half = order // 2
     knots = [value * spacing**n for n, value in enumerate(_derivatives(function, r, half + 1))]
-    knots = [torch.cat([k[:-1], torch.where(torch.isfinite(k[-1:]), k[-1:], 0.0)]) for k in knots]
     if not all(bool(torch.isfinite(k).all()) for k in knots):
         raise UnsupportedModuleError(
             "a radial function is not finite between zero and the cutoff; it cannot be tabulated"
