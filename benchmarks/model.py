@@ -143,9 +143,12 @@ def measure(
                 if backend != "e3nn":  # which takes most of the memory; others compile while someone is timed
                     row["first_s"] = seconds(call)
                 with my_turn():
-                    row.setdefault("first_s", seconds(call))
-                    row |= measure_row(call, expected, natoms, backend == "e3nn", device, budget_s)
-                    release(device)
+                    try:
+                        row.setdefault("first_s", seconds(call))
+                        row |= measure_row(call, expected, natoms, backend == "e3nn", device, budget_s)
+                    except torch.cuda.OutOfMemoryError:
+                        row["error"] = "out of memory"
+                    release(device)  # in its turn: the next one may need all of the memory
             except torch.cuda.OutOfMemoryError:
                 row["error"] = "out of memory"
             except RuntimeError as error:

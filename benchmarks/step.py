@@ -333,7 +333,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             keep(row)
             gc.collect()
         if backend == "mace_fast" and options.soak:
-            keep(label | soak(calculator, structure(options.structure, options.sizes[0]), options.soak, options.device))
+            atoms = structure(options.structure, options.sizes[0])
+            with my_turn():
+                found = soak(calculator, atoms, options.soak, options.device)
+            keep(label | found)
         if backend == "mace_fast" and options.batch:
             keep(label | measure_batch(options.batch, calculator, options))
         del calculator
