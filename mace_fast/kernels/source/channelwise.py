@@ -21,9 +21,20 @@ OVERFLOW_THREADS = 128
 CUDA_OPTIONS = ("-default-device",)
 """NVRTC 13.0 takes the body of a generic lambda for host code without it; later versions do not."""
 
-
 _SPLINE = "const T* radius, const int* table, const T* rows, long long intervals, double per_length"
 _SPLINE_SETUP = "    const mf::Spline<T> spline{radius, table, rows, intervals, problem::T(per_length)};"
+
+_CUDA_HEADERS = (
+    "async_copy.cuh",
+    "number.h",
+    "spline.h",
+    "channels.cuh",
+    "channelwise_operands.cuh",
+    "channelwise_ring.cuh",
+    "channelwise_tile.cuh",
+    "channelwise_walk.cuh",
+    "channelwise_conv.cuh",
+)
 
 
 @dataclass(frozen=True)
@@ -327,7 +338,7 @@ def cuda_source(
             *calls,
             "}",
         ]
-    headers = tuple((name, header(name)) for name in ("async_copy.cuh", "number.h", "spline.h", "channelwise_conv.cuh"))
+    headers = tuple((name, header(name)) for name in _CUDA_HEADERS)
     return CudaSource(variant.entry, "\n".join(text) + "\n", headers, entries, CUDA_OPTIONS)
 
 

@@ -1,0 +1,177 @@
+// A tile of edges: their couplings, shared by all channels, and the operands of one edge for the channels of a thread.
+#pragma once
+#include "channels.cuh"
+#include "channelwise_operands.cuh"
+#include "channelwise_ring.cuh"
+#include "spline.h"
+
+namespace mf {
+
+// What one group of warps shares.
+template <class S, bool DUAL> struct Shared {
+    typedef typename S::T T;
+    static constexpr int FORMS = S::TILE * S::STRIDE;
+    static constexpr int DY = S::WARPS * S::TILE * S::OUT;
+    static constexpr int PLACES = S::ORDER ? S::TILE : 0;
+    static constexpr int RINGS = S::WARPS * Ring<S, DUAL>::NUMBERS;
+    T *rings, *forms, *dforms, *dy, *place;
+    int *edge, *sender, *interval;
+    MF_INLINE static constexpr int bytes(bool backward) {
+        return (RINGS + FORMS * (DUAL ? 2 : 1) + (backward ? DY : 0) + PLACES) * int(sizeof(T)) + 3 * S::TILE * 4;
+    }
+    MF_INLINE Shared(char* memory, bool backward) {
+        rings = reinterpret_cast<T*>(memory);
+        forms = rings + RINGS;
+        dforms = forms + FORMS;
+        dy = forms + FORMS * (DUAL ? 2 : 1);
+        place = dy + (backward ? DY : 0);
+        edge = reinterpret_cast<int*>(place + PLACES);
+        sender = edge + S::TILE;
+        interval = sender + S::TILE;
+    }
+};
+
+template <class S> MF_INLINE void group_barrier() {
+    if (S::WARPS == 1) __syncwarp();
+    else __syncthreads();
+}
+
+// The forms of `count` edges from `position` on: one lane per edge, the paths shared out among the warps.
+template <class S, bool DUAL>
+MF_INLINE void couple_tile(const Shared<S, DUAL>& shared, const Graph& graph, const Operands<typename S::T>& in,
+                           const typename S::T* y_tangent, const Spline<typename S::T>& spline, index_t position,
+                           int count) {
+    typedef typename S::T T;
+    typedef typename Pack<T>::type P;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    group_barrier<S>();
+    if (lane < count) {
+        const index_t e = graph.edge(position + lane);
+        if (warp == 0) {
+            shared.edge[lane] = int(e);
+            shared.sender[lane] = int(graph.sender_of(e));
+            if constexpr (S::ORDER > 0) {
+                const index_t first = spline.table ? spline.table[e] * (spline.intervals + 1) : 0;
+                const T position = spline.radius[e] * spline.per_length;
+                shared.interval[lane] = int(first + find_interval(position, spline.intervals, shared.place[lane]));
+            }
+        }
+#pragma unroll
+        for (int part = 0; part < (DUAL ? 2 : 1); ++part) {
+            const T* source = part ? y_tangent : in.y;
+            T* target = (part ? shared.dforms : shared.forms) + lane * S::STRIDE;
+            T y[S::NY];
+#pragma unroll
+            for (int j = 0; j < S::NY; ++j) y[j] = source ? source[e * in.y_row + j] : T(0);
+            S::Paths::each([&](auto path) {
+                typedef decltype(path) Path;
+                if (warp == Path::WARP) {
+                    T m[Path::PADDED];
+#pragma unroll
+                    for (int q = Path::FORMS; q < Path::PADDED; ++q) m[q] = T(0);
+                    Path::couple(y, m);
+#pragma unroll
+                    for (int q = 0; q < Path::PADDED; q += Pack<T>::size)
+                        *reinterpret_cast<P*>(target + Path::M + q) = *reinterpret_cast<const P*>(m + q);
+                }
+            });
+        }
+    }
+    group_barrier<S>();
+}
+
+// Broadcast read of the forms of one path and edge.
+template <class Path, class M, class S, bool DUAL>
+MF_INLINE void read_forms(const Shared<S, DUAL>& shared, int slot, M (&m)[Path::PADDED]) {
+    typedef typename S::T T;
+    typedef typename Pack<T>::type P;
+    T value[Path::PADDED], tangent[Path::PADDED];
+#pragma unroll
+    for (int q = 0; q < Path::PADDED; q += Pack<T>::size) {
+        *reinterpret_cast<P*>(value + q) =
+            *reinterpret_cast<const P*>(shared.forms + slot * S::STRIDE + Path::M + q);
+        if (DUAL)
+            *reinterpret_cast<P*>(tangent + q) =
+                *reinterpret_cast<const P*>(shared.dforms + slot * S::STRIDE + Path::M + q);
+    }
+#pragma unroll
+    for (int q = 0; q < Path::PADDED; ++q) m[q] = Make<M>::of(value[q], DUAL ? tangent[q] : T(0));
+}
+
+// x and w of one edge, for the channels from u on; with SLOPE also the derivative of w along its interval.
+template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
+    typedef typename S::T T;
+    typedef typename ChannelsOf<T, S::VEC>::type C;
+    typedef typename NumberOf<DUAL, C>::type N;
+    N x[S::NX], w[S::NW];
+    C slope[SLOPE ? S::NW : 1];
+
+    MF_INLINE void load_from(const Ring<S, DUAL>& ring, bool x_tangent, bool w_tangent) {
+        S::X::each([&](auto block) {
+            typedef decltype(block) Block;
+#pragma unroll
+            for (int i = 0; i < Block::DIM; ++i) {
+                const int piece = ring.x_piece(Block::BASE + i);
+                x[Block::BASE + i] =
+                    Make<N>::of(ring.piece(piece, false), DUAL && x_tangent ? ring.piece(piece, true) : C());
+            }
+        });
+        S::Paths::each([&](auto path) {
+            typedef decltype(path) Path;
+            if constexpr (Path::WEIGHTED) {
+                w[Path::INDEX] = Make<N>::of(ring.piece(Path::PIECE, false),
+                                             DUAL && w_tangent ? ring.piece(Path::PIECE, true) : C());
+            } else {
+                C one;
+                fill(one, T(1));
+                w[Path::INDEX] = Make<N>::of(one, C());
+            }
+        });
+    }
+
+    MF_INLINE static C read(const T* at, bool active) { return active ? load(at, C()) : C(); }
+
+    MF_INLINE void load_all(const Operands<T>& in, const Operands<T>& tangent, const Spline<T>& spline,
+                            const Shared<S, DUAL>& shared, int slot, int u, int image) {
+        const index_t s = shared.sender[slot] * index_t(S::X_ROW) + u;
+        const index_t e = shared.edge[slot] * in.w_row;
+        S::X::each([&](auto block) {
+            typedef decltype(block) Block;
+            const bool active = S::EXACT || u < Block::MUL;
+#pragma unroll
+            for (int i = 0; i < Block::DIM; ++i) {
+                const index_t at = s + Block::offset(image) + i * Block::MUL;
+                x[Block::BASE + i] =
+                    Make<N>::of(read(in.x + at, active), read(tangent.x + at, DUAL && tangent.x && active));
+            }
+        });
+        const T* row = nullptr;
+        T t = T(0);
+        if constexpr (S::ORDER > 0) {
+            row = spline.rows + shared.interval[slot] * index_t(S::ORDER * S::NUMEL) + u;
+            t = shared.place[slot];
+        }
+        S::Paths::each([&](auto path) {
+            typedef decltype(path) Path;
+            const bool active = S::EXACT || u < Path::MUL;
+            const index_t column = Path::column(image) + index_t(u) * Path::W_STRIDE;
+            if constexpr (!Path::WEIGHTED) {
+                C one;
+                fill(one, T(1));
+                w[Path::INDEX] = Make<N>::of(one, C());
+                if (SLOPE) slope[Path::INDEX] = C();
+            } else if constexpr (S::ORDER > 0) {
+                C c[S::ORDER];
+#pragma unroll
+                for (int q = 0; q < S::ORDER; ++q) c[q] = read(row + q * S::NUMEL + (column - u), active);
+                w[Path::INDEX] = Make<N>::of(spline_value<S::ORDER>(c, t), C());
+                if (SLOPE) slope[Path::INDEX] = spline_slope<S::ORDER>(c, t);
+            } else {
+                w[Path::INDEX] = Make<N>::of(read(in.w + e + column, active),
+                                             read(tangent.w + e + column, DUAL && tangent.w && active));
+            }
+        });
+    }
+};
+
+}  // namespace mf
