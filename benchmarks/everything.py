@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.graphs import GRAPHS
-from benchmarks.model import BACKENDS, ROWS
+from benchmarks.model import ROWS
 from benchmarks.problems import DIFFDOCK, FAMILIES, TABLE
 from mace_fast.files import published
 
@@ -43,10 +43,12 @@ def _one(line: str) -> tuple[tuple[str, ...], ...]:
 
 
 COMMANDS = {
-    "model": _each(f"model --models % --backends {' '.join(BACKENDS)}", (name for name, *_ in ROWS)),
-    "step": _each("step --sizes % --backends mace-torch cueq oeq mace_fast no-graph --lists", ("64", "1000")),
+    "model": _each("model --models % --budget 0.5", (name for name, *_ in ROWS)),
+    "step": _each(
+        "step --sizes % --budget 1 --backends mace-torch cueq oeq mace_fast no-graph --lists", ("64", "1000")
+    ),
     "conv": _each("conv --problems %", TABLE),
-    "model-float64": _one("model --models mp0-medium --sizes 1000 --dtype float64"),
+    "model-float64": _one("model --models mp0-medium --sizes 1000 --dtype float64 --budget 0.5"),
     "conv-float64": _each("conv --problems % --dtypes float64", TABLE),
     "alloy": _one("step --model mpa0-medium --structure five-metals --sizes 13824 --backends mace_fast --lists"),
     "batch": _one("step --model off23-medium --structure water --sizes 192 --backends mace_fast --lists --batch 64"),
