@@ -38,11 +38,11 @@ from mace_fast import convert, zoo
 from mace_fast.files import published
 from mace_fast.inference import FrozenMACE
 from mace_fast.kernels.build import CpuSource, CudaSource, compile_cuda, compile_cuda_all
-from mace_fast.kernels.ops import channelwise, harmonics, linear, linear_cuda, segment, symmetric
+from mace_fast.kernels.ops import channelwise_run, harmonics, linear, linear_cuda, segment, symmetric
 from mace_fast.kernels.source.channelwise import PASSES, cuda_source
 from mace_fast.kernels.source.segment import segment_lists_cuda
 
-_MODULES = (channelwise, harmonics, linear, linear_cuda, segment, symmetric)
+_MODULES = (channelwise_run, harmonics, linear, linear_cuda, segment, symmetric)
 # That which sorts edges stays with the CPU: what it makes is read by the host.
 _CUDA_OPS = (
     ("segment_sum", segment._segment_sum_cuda),

@@ -26,7 +26,7 @@ from benchmarks.problems import PROBLEMS
 from benchmarks.timing import copy_bandwidth, device_name, median_ms
 from mace_fast.kernels import ChannelwiseTensorProduct, edge_graph
 from mace_fast.kernels.build import compile_cuda
-from mace_fast.kernels.ops.channelwise import NO_SPLINE, Spline, gradient_parts, run_kernel
+from mace_fast.kernels.ops.channelwise_run import NO_SPLINE, Spline, gradient_parts, run_kernel
 from mace_fast.kernels.plan.channelwise import Schedule, plan
 from mace_fast.kernels.source.channelwise import Variant, cuda_source
 

@@ -11,7 +11,7 @@ from oracles import EPSILON, assert_close, channelwise_conv, mace_product, opera
 
 from mace_fast.errors import UnsupportedDescriptionError
 from mace_fast.kernels import ChannelwiseTensorProduct, Path, channelwise_tp, channelwise_tp_conv, edge_graph
-from mace_fast.kernels.ops import channelwise
+from mace_fast.kernels.ops import channelwise_run
 from mace_fast.kernels.plan.channelwise import Schedule
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -81,8 +81,8 @@ def test_channel_counts_on_gpu(seed: int, mul: int) -> None:
 
 def use_schedule(patch: pytest.MonkeyPatch, schedule: Schedule) -> None:
     """One schedule for all kernels, whatever the plan prefers."""
-    launch = channelwise._cuda_launch
-    patch.setattr(channelwise, "_cuda_launch", lambda *args: launch(*args[:4], schedule))
+    launch = channelwise_run.cuda_launch
+    patch.setattr(channelwise_run, "cuda_launch", lambda *args: launch(*args[:4], schedule))
 
 
 @pytest.mark.gpu

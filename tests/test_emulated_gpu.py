@@ -26,9 +26,10 @@ from mace_fast.inference import FrozenMACE
 from mace_fast.kernels import channelwise_tp, channelwise_tp_conv
 from mace_fast.kernels.build import CudaSource
 from mace_fast.kernels.description.linear import Linear
-from mace_fast.kernels.ops import channelwise, linear_cuda
+from mace_fast.kernels.ops import channelwise_run, linear_cuda
 from mace_fast.kernels.ops.blas import apply_linear
 from mace_fast.kernels.ops.graph import edge_graph
+from mace_fast.kernels.plan import sharing
 from mace_fast.kernels.plan.channelwise import Role, Schedule, plan
 from mace_fast.kernels.source.linear import TILINGS, Tiling
 from mace_fast.patch.api import convert
@@ -298,10 +299,10 @@ def test_receivers_with_very_many_edges(
     """Shared out to windows of 32: one or two receivers in a window, receivers that end where a window does. Also
     without wide loads, and where blocks add the windows of several receivers."""
     d = mace_product(1, mul)
-    monkeypatch.setattr(channelwise, "_edge_limit", lambda groups, receivers, edges: 32)
+    monkeypatch.setattr(sharing, "edge_limit", lambda groups, receivers, edges: 32)
     if mul == 5:
-        monkeypatch.setattr(channelwise, "_ALIGNMENT", 8)
-        monkeypatch.setattr(channelwise, "_OVERFLOW_BLOCKS", 2)
+        monkeypatch.setattr(channelwise_run, "_ALIGNMENT", 8)
+        monkeypatch.setattr(channelwise_run, "_OVERFLOW_BLOCKS", 2)
     if ring:
         test_channelwise.use_schedule(monkeypatch, Schedule(2, 80, prefetch=False, ring=ring))
     receiver = torch.repeat_interleave(torch.arange(len(degrees)), torch.tensor(degrees))

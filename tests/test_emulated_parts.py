@@ -15,10 +15,11 @@ from test_spline_conv import CUTOFF, functions, on_device
 from mace_fast.inference.tables import tabulate
 from mace_fast.kernels import channelwise_tp_conv
 from mace_fast.kernels.build import CudaSource
-from mace_fast.kernels.ops import channelwise
+from mace_fast.kernels.ops import channelwise_run
 from mace_fast.kernels.ops import spline_conv as ops
 from mace_fast.kernels.ops.graph import EdgeGraph, edge_graph
 from mace_fast.kernels.ops.spline_conv import FrozenGraph, spline_conv
+from mace_fast.kernels.plan import sharing
 from mace_fast.kernels.plan.channelwise import Schedule, plan
 from mace_fast.kernels.source.channelwise import Variant
 
@@ -35,9 +36,9 @@ def gpu() -> Iterator[None]:
 
 def split(patch: pytest.MonkeyPatch, parts: int, limit: int) -> None:
     """All receivers in so many parts, windows of ``limit`` edges."""
-    patch.setattr(channelwise, "_run_length", lambda receivers, edges: 1)
-    patch.setattr(channelwise, "_parts", lambda *sizes: parts)
-    patch.setattr(channelwise, "_edge_limit", lambda groups, receivers, edges: limit)
+    patch.setattr(sharing, "run_length", lambda receivers, edges: 1)
+    patch.setattr(sharing, "parts_of", lambda *sizes: parts)
+    patch.setattr(sharing, "edge_limit", lambda groups, receivers, edges: limit)
 
 
 def graph_of(degrees: Sequence[int], *, ordered: bool) -> EdgeGraph:
@@ -139,12 +140,12 @@ def test_few_receivers_are_split_and_many_are_not(
     graph = graph_of((degree,) * receivers, ordered=True)
     x, y = torch.zeros(receivers, d.x_dim), torch.zeros(graph.num_edges, d.y_dim)
     w = torch.zeros(graph.num_edges, d.weight_numel)
-    channelwise._cuda_launch.cache_clear()
+    channelwise_run.cuda_launch.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(channelwise, "load_cuda", load)
-        patch.setattr(channelwise, "on_gpu", lambda tensor: True)
+        patch.setattr(channelwise_run, "load_cuda", load)
+        patch.setattr(channelwise_run, "on_gpu", lambda tensor: True)
         channelwise_tp_conv(d, x, y, w, graph)
-    channelwise._cuda_launch.cache_clear()
+    channelwise_run.cuda_launch.cache_clear()
     assert [entry for entry, _ in launches] == ["channelwise_forward_0", "overflow"]
     assert (launches[0][1][1] > 1) == split  # else there are windows alone
 
@@ -154,13 +155,12 @@ def test_parts_of_production_shapes(backward: bool, lmax: int, most: int) -> Non
     """A crystal of 64 atoms fills a GPU in one round; the more receivers, the fewer parts."""
     role = Variant(False, backward, True, True, False, 6).role
     layout = plan(mace_product(lmax, 128), 4, role)
-    slots = 132 * layout.resident
+    depth = len(layout.segments)
 
     def parts(receivers: int) -> int:
-        depth, least = len(layout.segments), 8 if backward else 16
-        return channelwise._parts(receivers, 178 * receivers, layout.groups, depth, slots, least)
+        return sharing.share(layout, receivers, 178 * receivers, windows=True, side_by_side=depth).parts
 
     assert 6 <= parts(64) <= most
-    assert -(-64 * parts(64) // layout.groups) * len(layout.segments) <= slots
+    assert -(-64 * parts(64) // layout.groups) * depth <= 132 * layout.resident
     assert parts(700) < parts(64) <= parts(16)
     assert parts(768) == parts(4096) == 1

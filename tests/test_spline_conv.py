@@ -8,9 +8,9 @@ from oracles import assert_close, mace_product
 
 from mace_fast.inference.tables import SplineTable, tabulate
 from mace_fast.kernels import ChannelwiseTensorProduct, channelwise_tp_conv, edge_graph
-from mace_fast.kernels.ops import channelwise
 from mace_fast.kernels.ops import spline_conv as ops
 from mace_fast.kernels.ops.spline_conv import FrozenGraph, RadialSpline, spline_conv
+from mace_fast.kernels.plan import sharing
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CUTOFF = 5.0
@@ -84,7 +84,7 @@ def test_stretches_of_edges_add_up(
     z = spline_conv(d, x, y, r, frozen, on_device(table, None, device, dtype))
     g = torch.randn_like(z)
     whole = torch.autograd.grad(z, (x, y, r), g, retain_graph=True)
-    monkeypatch.setattr(channelwise, "_edge_limit", lambda groups, receivers, edges: 16)
+    monkeypatch.setattr(sharing, "edge_limit", lambda groups, receivers, edges: 16)
     scratch = stretch * d.x_dim * 8
     monkeypatch.setattr(ops, "_SCRATCH_BYTES", {True: scratch, False: scratch})
     pieces = torch.autograd.grad(z, (x, y, r), g)

@@ -16,7 +16,7 @@ import torch
 
 from mace_fast.kernels.build import CpuSource, CudaSource, Float32, Int32, load_cpu
 from mace_fast.kernels.ops import (
-    channelwise,
+    channelwise_run,
     fully_connected,
     geometry,
     harmonics,
@@ -118,7 +118,7 @@ def load_emulated(source: CudaSource, device: torch.device | str) -> EmulatedMod
     return _load(source)
 
 
-_MODULES = (channelwise, fully_connected, geometry, harmonics, readout, sender_sum, symmetric, totals)
+_MODULES = (channelwise_run, fully_connected, geometry, harmonics, readout, sender_sum, symmetric, totals)
 _OPS = (
     ("csr", segment._csr_cuda),
     ("segment_sum", segment._segment_sum_cuda),

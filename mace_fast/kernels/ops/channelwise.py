@@ -12,37 +12,19 @@ The gradient of each is again made of these four, so there is no order at which 
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mace_fast.kernels.build import (
-    CudaModule,
-    architecture,
-    compile_cuda_all,
-    cpu_threads,
-    cuda_index,
-    load_cpu,
-    load_cuda,
-    on_gpu,
-)
+from mace_fast.kernels.build import architecture, compile_cuda_all, cuda_index
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
+from mace_fast.kernels.ops.channelwise_run import Graph, Tangents, cuda_launch, gradient_parts, run_kernel, sizes
 from mace_fast.kernels.ops.graph import EdgeGraph
 from mace_fast.kernels.ops.segment import Segments, segment_sum
-from mace_fast.kernels.plan.channelwise import ChannelwisePlan, Role, Schedule, plan
-from mace_fast.kernels.source.channelwise import (
-    OVERFLOW_THREADS,
-    PASSES,
-    Variant,
-    cpu_source,
-    cuda_source,
-    overflow_source,
-)
-from mace_fast.kernels.source.fitted import fitted_source
+from mace_fast.kernels.plan.channelwise import ChannelwisePlan, Role, plan
+from mace_fast.kernels.source.channelwise import PASSES, Variant, cuda_source
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
 _GRAPH = (
@@ -61,29 +43,7 @@ _LIBRARY.define(
     "bool want_y, bool want_w) -> (Tensor, Tensor, Tensor)"
 )
 
-Graph = tuple[Tensor | None, ...]
-Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]
-Operands = tuple[Tensor, Tensor, Tensor | None]
-Spline = tuple[Tensor | None, Tensor | None, Tensor | None, int, float]
-"""Edge lengths, table of each edge, knots, intervals of a table, intervals per unit of length."""
-NO_SPLINE: Spline = (None, None, None, 0, 0.0)
 _NO_GRAPH: Graph = (None,) * 7
-_TARGET_EDGES = 32
-"""Edges that one group of warps should see at least: with fewer a receiver, it takes several receivers in a row."""
-_MANY_GROUPS = 768
-"""Groups of warps that keep a GPU busy; where receivers give fewer, several groups share the edges of each."""
-_MOST_EDGES = 512
-"""Edges of one receiver that a group works on in any case; the rest is shared out."""
-_MULTIPROCESSORS = 132
-"""Of an H100. A constant, so that sums are split alike on all GPUs that run the same code."""
-_LEAST_EDGES = {False: 16, True: 8}
-"""Edges that a part of a receiver should have at least: of a sum, which is added to others, and of gradients (True)."""
-_PART_COST = 2
-"""What a part costs before its first edge and after its last, in edges."""
-_OVERFLOW_BLOCKS = 2112
-"""Thread blocks that add the sums of parts and windows: as many as an H100 runs at once."""
-_ALIGNMENT = 16
-"""Bytes; rows of operands are read in words of up to so many."""
 
 
 def channelwise_tp_conv(
@@ -143,7 +103,7 @@ def prepare_channelwise(
     kernels = [(d, variant) for d in descriptions for variant in PASSES[: (1, 2, 4)[order]]]
     compile_cuda_all([cuda_source(d, dtype.itemsize, variant) for d, variant in kernels], architecture(device))
     for d, variant in kernels:
-        _cuda_launch(d.key, dtype.itemsize, variant, device)
+        cuda_launch(d.key, dtype.itemsize, variant, device)
 
 
 def _without_autocast(*operands: Tensor) -> tuple[Tensor, ...]:
@@ -184,216 +144,7 @@ def _check(
         raise ValueError(f"operands are on {device}; kernels exist for cpu and cuda")
 
 
-# --- running a kernel
-
-
-def _sizes(y: Tensor, graph: Graph) -> tuple[int, int]:
-    """(receivers, edges)"""
-    row = graph[3]
-    return (y.shape[0] if row is None else row.shape[0] - 1), y.shape[0]
-
-
-def _row_strides(x: Tensor, y: Tensor, w: Tensor | None) -> tuple[int, int, int]:
-    return x.shape[1], y.shape[1], (0 if w is None or w.dim() == 1 else w.shape[1])
-
-
-@lru_cache(maxsize=512)
-def _cpu_function(key: str, item_bytes: int, variant: Variant) -> Callable[..., None]:
-    source = cpu_source(ChannelwiseTensorProduct.parse(key), item_bytes, variant)
-    function = getattr(load_cpu(source), variant.entry)
-    pointer, integer = ctypes.c_void_p, ctypes.c_longlong
-    outputs = [pointer, integer, *[pointer] * 3, integer, integer] if variant.backward else [pointer, integer]
-    spline = [pointer, pointer, pointer, integer, ctypes.c_double]
-    head = [pointer] * 3 + [ctypes.c_float, integer] + [pointer] * 6 + [integer] * 3
-    function.argtypes = [*head, *spline, *outputs, ctypes.c_int]
-    function.restype = None
-    return function
-
-
-class _Launch(NamedTuple):
-    """Everything about a CUDA kernel that does not change from call to call."""
-
-    module: CudaModule
-    layout: ChannelwisePlan
-    kernels: tuple[tuple[str, int, int], ...]
-    """(entry, bytes of shared memory, segments side by side), one after the other."""
-
-    @property
-    def parts(self) -> int:
-        """Shares of an edge's gradient of y, which are written apart and summed afterwards."""
-        return len(self.layout.segments) * self.layout.channel_blocks
-
-
-@lru_cache(maxsize=512)
-def _cuda_launch(
-    key: str, item_bytes: int, variant: Variant, device: torch.device, schedule: Schedule | None = None
-) -> _Launch:
-    description = ChannelwiseTensorProduct.parse(key)
-    if schedule is None and device.type == "cuda":
-        source, layout = fitted_source(description, item_bytes, variant, architecture(device))
-    else:
-        layout = plan(description, item_bytes, variant.role, schedule)
-        source = cuda_source(description, item_bytes, variant, schedule)
-    shared = [layout.shared_bytes(segment, want_y=variant.want_y) for segment in layout.segments]
-    side_by_side = [max(shared)] if layout.together else shared
-    kernels = tuple(
-        (entry, bytes_, len(shared) if layout.together else 1)
-        for entry, bytes_ in zip(source.entry_points, side_by_side, strict=True)
-    )
-    return _Launch(load_cuda(source, device), layout, kernels)
-
-
-def gradient_parts(key: str, like: Tensor, variant: Variant, schedule: Schedule | None = None) -> int:
-    """Into how many parts a backward kernel for operands like this writes the gradient of y: [parts, E, ...]."""
-    return _cuda_launch(key, like.element_size(), variant, like.device, schedule).parts if on_gpu(like) else 1
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _run_cpu(
-    key: str,
-    variant: Variant,
-    operands: Operands,
-    tangents: Tangents,
-    graph: Graph,
-    outputs: tuple[Any, ...],
-    spline: Spline,
-) -> None:
-    x, y, w = operands
-    function = _cpu_function(key, x.element_size(), variant)
-    sender, _, order, row, _, _, poison = graph
-    receivers, _ = _sizes(y, graph)
-    function(
-        _pointer(order),
-        _pointer(row),
-        _pointer(sender),
-        float(poison) if poison is not None else 0.0,
-        receivers,
-        *(_pointer(t) for t in (x, y, w, *tangents)),
-        *_row_strides(x, y, w),
-        *(_pointer(t) for t in spline[:3]),
-        *spline[3:],
-        *(value if isinstance(value, int) else _pointer(value) for value in outputs),
-        cpu_threads(),
-    )
-
-
-def _run_cuda(
-    key: str,
-    variant: Variant,
-    operands: Operands,
-    tangents: Tangents,
-    graph: Graph,
-    outputs: tuple[Any, ...],
-    spline: Spline,
-    schedule: Schedule | None,
-) -> None:
-    x, y, w = operands
-    launch = _cuda_launch(key, x.element_size(), variant, x.device, schedule)
-    layout = launch.layout
-    receivers, edges = _sizes(y, graph)
-    if receivers == 0:
-        return
-    sender, receiver, order, row, _, _, poison = graph
-    run = _run_length(receivers, edges)
-    groups = -(-receivers // run)
-    limit = _edge_limit(groups, receivers, edges)
-    windows = -(-edges // limit) if row is not None and edges > limit else 0
-    parts = 1
-    if run == 1:
-        side_by_side = layout.channel_blocks * launch.kernels[0][2]
-        slots = _MULTIPROCESSORS * layout.resident
-        parts = _parts(receivers, edges, layout.groups, side_by_side, slots, _LEAST_EDGES[variant.backward])
-    blocks = -(-(groups + windows) // layout.groups)
-    grid = (blocks, layout.channel_blocks * parts)
-    block = (layout.warps * 32, layout.groups, 1)
-    strides = _row_strides(x, y, w)
-    read = [_aligned(t) for t in (x, y, w, *tangents)]
-    head = (order, row, sender, receiver, poison, receivers, run, groups, limit, parts, *read, *strides, *spline)
-    tail: tuple[Any, ...]
-    if variant.backward:
-        g, g_row, *gradients = outputs
-        tail = (_aligned(g), g_row, *gradients, edges)
-    else:
-        z, z_row = outputs
-        # Parts and windows write what the product writes, no more.
-        make = z.new_empty if ChannelwiseTensorProduct.parse(key).covers_z else z.new_zeros
-        partial = None
-        if windows or parts > 1:
-            partial = make((blocks * layout.groups * parts - groups, z_row))
-        tail = (z, partial, z_row)
-    for entry, shared, depth in launch.kernels:
-        launch.module.launch(entry, (*grid, depth), block, shared, head + tail)
-    if not variant.backward and partial is not None:
-        wide = _ALIGNMENT // x.element_size()
-        vector = wide if z_row % wide == 0 else 1
-        overflow = load_cuda(overflow_source(x.element_size(), vector), x.device)
-        columns = -(-z_row // (vector * OVERFLOW_THREADS))
-        in_turn = min(receivers, max(1, _OVERFLOW_BLOCKS // columns))
-        sums = (z, partial, row, receivers, limit, parts, blocks * layout.groups, z_row)
-        overflow.launch("overflow", (in_turn, columns, 1), (OVERFLOW_THREADS, 1, 1), 0, sums)
-
-
-def _aligned(tensor: Tensor | None) -> Tensor | None:
-    """The same numbers at an address that wide loads accept; only a view into the middle of a row is copied."""
-    return tensor.clone() if tensor is not None and tensor.data_ptr() % _ALIGNMENT else tensor
-
-
-def _edge_limit(groups: int, receivers: int, edges: int) -> int:
-    """Edges of a receiver beyond which they are shared out to windows of so many. Of few receivers only those that have
-    half as many again as others have windows: parts are of equal lengths, and whole."""
-    if groups >= _MANY_GROUPS:
-        return _MOST_EDGES
-    return max(_TARGET_EDGES, -(-3 * edges // (2 * receivers)))
-
-
-@lru_cache(maxsize=512)
-def _parts(receivers: int, edges: int, per_block: int, side_by_side: int, slots: int, least: int) -> int:
-    """Into how many parts the edges of each receiver, or of a window, are split: 1 where receivers fill a GPU.
-
-    Blocks run in rounds of ``slots``, each as long as a part takes; the shortest wins. Nothing but shapes decides.
-
-    Args:
-        per_block: groups of a block.
-        side_by_side: blocks that a group's work is spread over anyway.
-        slots: blocks that run at a time.
-        least: edges of a part, on average.
-    """
-    if receivers >= _MANY_GROUPS:
-        return 1
-    mean = edges / receivers
-
-    def time(parts: int) -> float:
-        blocks = -(-receivers * parts // per_block) * side_by_side
-        return -(-blocks // slots) * (mean / parts + _PART_COST)
-
-    return min(range(1, max(1, min(int(mean / least), slots)) + 1), key=time)
-
-
-def _run_length(receivers: int, edges: int) -> int:
-    """Receivers a group works through: enough for a full tile of edges where receivers have few."""
-    return max(1, min(_TARGET_EDGES, _TARGET_EDGES * receivers // max(edges, 1)))
-
-
-def run_kernel(
-    key: str,
-    variant: Variant,
-    operands: Operands,
-    tangents: Tangents,
-    graph: Graph,
-    outputs: tuple[Any, ...],
-    spline: Spline = NO_SPLINE,
-    schedule: Schedule | None = None,
-) -> None:
-    """Run one kernel of a description; operands are contiguous, outputs (z, its row length), or (g, its row length, dx,
-    dy in ``gradient_parts``, dw, first, end). Only the edges from ``first`` up to ``end`` are worked on, and ``dx`` has
-    rows from ``first`` on; without a spline these are all. ``schedule`` overrides what the plan chooses for a GPU."""
-    if on_gpu(operands[0]):
-        _run_cuda(key, variant, operands, tangents, graph, outputs, spline, schedule)
-    else:
-        _run_cpu(key, variant, operands, tangents, graph, outputs, spline)
+# --- values and gradients
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -402,7 +153,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 def _forward(x: Tensor, y: Tensor, w: Tensor, tangents: Tangents, graph: Graph, key: str, *, dual: bool) -> Tensor:
     description = ChannelwiseTensorProduct.parse(key)
-    receivers, _ = _sizes(y, graph)
+    receivers, _ = sizes(y, graph)
     x, y, w = x.contiguous(), y.contiguous(), w.contiguous()
     make = x.new_empty if description.covers_z else x.new_zeros
     z = make((receivers, description.z_dim))
@@ -425,7 +176,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     description = ChannelwiseTensorProduct.parse(key)
     x, y, w, g = x.contiguous(), y.contiguous(), w.contiguous(), g.contiguous()
-    _, edges = _sizes(y, graph)
+    _, edges = sizes(y, graph)
     want_x, want_y, want_w = wants
     want_w = want_w and description.weight_numel > 0
     variant = Variant(dual, True, want_x, want_y, want_w)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
-from mace_fast.kernels.ops.channelwise import Spline, gradient_parts, run_kernel
+from mace_fast.kernels.ops.channelwise_run import Spline, gradient_parts, run_kernel
 from mace_fast.kernels.ops.sender_sum import sum_at_senders
 from mace_fast.kernels.source.channelwise import Variant
 

@@ -1,0 +1,110 @@
+"""How the edges of a graph are shared out among the groups of warps that run a plan.
+
+A group works on one receiver after another. Many edges of one receiver, and those of few receivers, are split between
+groups, whose sums another kernel adds in a fixed order; see headers/channelwise_conv.cuh. Nothing but shapes decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from mace_fast.kernels.plan.channelwise import ChannelwisePlan
+
+_TARGET_EDGES = 32
+"""Edges that one group of warps should see at least: with fewer a receiver, it takes several receivers in a row."""
+_MANY_GROUPS = 768
+"""Groups of warps that keep a GPU busy; where receivers give fewer, several groups share the edges of each."""
+_MOST_EDGES = 512
+"""Edges of one receiver that a group works on in any case; the rest is shared out."""
+_MULTIPROCESSORS = 132
+"""Of an H100. A constant, so that sums are split alike on all GPUs that run the same code."""
+_LEAST_EDGES = {False: 16, True: 8}
+"""Edges that a part of a receiver should have at least: of a sum, which is added to others, and of gradients (True)."""
+_PART_COST = 2
+"""What a part costs before its first edge and after its last, in edges."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Who works on what.
+
+    Attributes:
+        run: receivers that one group works through.
+        groups: that work through receivers; those after them have windows, stretches of ``limit`` edges.
+        limit: edges of a receiver beyond which they are left to windows.
+        parts: groups that share a receiver or window.
+        blocks: of threads, for each part and block of channels.
+        partial_sums: rows of sums that are to be added to a receiver's.
+    """
+
+    run: int
+    groups: int
+    limit: int
+    parts: int
+    blocks: int
+    partial_sums: int
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        """As the kernels take them: run, groups, limit, parts."""
+        return self.run, self.groups, self.limit, self.parts
+
+
+def share(layout: ChannelwisePlan, receivers: int, edges: int, *, windows: bool, side_by_side: int) -> Sharing:
+    """Share out the edges of a graph.
+
+    Args:
+        layout: what runs.
+        receivers, edges: at least one receiver.
+        windows: whether there is a list of edges by receiver for windows to be stretches of.
+        side_by_side: segments of the plan that one launch runs.
+    """
+    run = run_length(receivers, edges)
+    groups = -(-receivers // run)
+    limit = edge_limit(groups, receivers, edges)
+    stretches = -(-edges // limit) if windows and edges > limit else 0
+    parts = 1
+    if run == 1:
+        slots = _MULTIPROCESSORS * layout.resident
+        least = _LEAST_EDGES[layout.role.backward]
+        parts = parts_of(receivers, edges, layout.groups, layout.channel_blocks * side_by_side, slots, least)
+    blocks = -(-(groups + stretches) // layout.groups)
+    partial_sums = blocks * layout.groups * parts - groups if stretches or parts > 1 else 0
+    return Sharing(run, groups, limit, parts, blocks, partial_sums)
+
+
+def run_length(receivers: int, edges: int) -> int:
+    """Receivers a group works through: enough for a full tile of edges where receivers have few."""
+    return max(1, min(_TARGET_EDGES, _TARGET_EDGES * receivers // max(edges, 1)))
+
+
+def edge_limit(groups: int, receivers: int, edges: int) -> int:
+    """Edges of a receiver beyond which they are shared out to windows of so many. Of few receivers only those that have
+    half as many again as others have windows: parts are of equal lengths, and whole."""
+    if groups >= _MANY_GROUPS:
+        return _MOST_EDGES
+    return max(_TARGET_EDGES, -(-3 * edges // (2 * receivers)))
+
+
+@lru_cache(maxsize=512)
+def parts_of(receivers: int, edges: int, per_block: int, side_by_side: int, slots: int, least: int) -> int:
+    """Into how many parts the edges of each receiver, or of a window, are split: 1 where receivers fill a GPU.
+
+    Blocks run in rounds of ``slots``, each as long as a part takes; the shortest wins. Nothing but shapes decides.
+
+    Args:
+        per_block: groups of a block.
+        side_by_side: blocks that a group's work is spread over anyway.
+        slots: blocks that run at a time.
+        least: edges of a part, on average.
+    """
+    if receivers >= _MANY_GROUPS:
+        return 1
+    mean = edges / receivers
+
+    def time(parts: int) -> float:
+        blocks = -(-receivers * parts // per_block) * side_by_side
+        return -(-blocks // slots) * (mean / parts + _PART_COST)
+
+    return min(range(1, max(1, min(int(mean / least), slots)) + 1), key=time)
