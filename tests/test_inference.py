@@ -202,6 +202,40 @@ def test_tables_are_proven_and_refused(seed: int) -> None:
         tabulate("g", [lambda r: torch.sin(4000 * r)[:, None]], 5.0, torch.float32)
 
 
+@pytest.mark.parametrize(("dtype", "slope"), [(torch.float32, 1e-7), (torch.float64, 1e-12)])
+def test_slopes_of_tables(dtype: torch.dtype, slope: float, seed: int) -> None:
+    """Forces are made of them: proven to a bound, and continuous where polynomials meet."""
+    table = tabulate("f", [lambda r: torch.stack([torch.sin(3 * r), torch.exp(-r)], 1)], 5.0, dtype)
+    r = (0.3 + 4.6 * torch.rand(500, dtype=torch.float64)).requires_grad_()
+    spline = interpolate(table.rows, r * table.per_length)
+    (got,) = torch.autograd.grad(spline[:, 0].sum(), r)
+    assert float((got - 3 * torch.cos(3 * r)).abs().max()) < 3 * slope
+    assert table.slope_error < slope
+    jumps = table.rows[:-2].sum(1) - table.rows[1:-1, 0]  # upper ends, and where the next ones begin
+    assert float(jumps[20:].abs().max()) < 1e-13
+
+
+def test_a_table_with_a_wrong_slope_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values to 1e-9 with a slope to 1e-6: ripples too short for the grid."""
+    period = 5.0 / 2048 / 3
+
+    def rippled(r: torch.Tensor) -> torch.Tensor:
+        return (torch.sin(r) + 1e-9 * torch.sin(2 * torch.pi * r / period))[:, None]
+
+    with pytest.raises(UnsupportedModuleError, match="its slope"):
+        tabulate("f", [rippled], 5.0, torch.float32)
+
+
+def test_derivatives_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mace_fast.inference import tables
+
+    r = torch.linspace(0.5, 4.0, 70, dtype=torch.float64)
+    whole = tables._derivatives(lambda r: torch.sin(r)[:, None], r, 4)
+    monkeypatch.setattr(tables, "_AT_ONCE", 16)
+    for got, expected in zip(tables._derivatives(lambda r: torch.sin(r)[:, None], r, 4), whole, strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_a_cutoff_function_s_jump_costs_no_intervals(seed: int) -> None:
     """Its third derivative is zero at the cutoff and not below it, where the last polynomial ends."""
     envelope = PolynomialCutoff(5.0, p=5)

@@ -1,8 +1,8 @@
 """The radial networks of a frozen model as splines of the distance, with an error bound proven for each table.
 
 The weights of a convolution are functions of the edge length, and in newer models of the two species, alone. They are
-evaluated in float64 at uniform knots, with exact derivatives, and the polynomials made of them are compared with the
-network between the knots; where they are not good enough, intervals are halved.
+evaluated in float64, and the polynomials made of them, on intervals of equal lengths, are compared with the network,
+values and slopes; where they are not good enough, intervals are halved.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,8 +27,14 @@ _GRIDS = {
 """Intervals and coefficients of an interval, in the order in which they are tried."""
 
 _TOLERANCE = {torch.float32: 4e-9, torch.float64: 2e-14}
-"""Error between knots over the largest value. A tenth of the rounding of the type and less, because forces need the
-slope, whose error is larger by about the number of intervals per A."""
+"""Error between knots over the largest value; a tenth of the rounding of the type and less."""
+
+_SLOPE_TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-12}
+"""Error of the slope, which forces are made of, over the largest slope. The rounding of a length in float32 changes the
+slope by more."""
+
+_AT_ONCE = 512
+"""Distances for which derivatives are computed at a time: what autograd keeps for them takes hundreds of MB."""
 
 _PROVEN_FROM = 0.3
 """Distances (A) from which the bound is proven; shorter ones do not occur, but have knots."""
@@ -45,12 +52,14 @@ class SplineTable:
         intervals: of each table.
         cutoff: distance (A) at which tables end.
         error: the largest error seen between knots, over the largest value.
+        slope_error: the largest error of the slope, over the largest slope.
     """
 
     rows: Tensor
     intervals: int
     cutoff: float
     error: float
+    slope_error: float
 
     @property
     def per_length(self) -> float:
@@ -64,19 +73,55 @@ def tabulate(name: str, functions: list[RadialFunction], cutoff: float, dtype: t
     Raises:
         UnsupportedModuleError: the bound does not hold with the finest grid.
     """
+    polynomials = _through_values if dtype == torch.float32 else _through_derivatives
     for intervals, order in _GRIDS[dtype]:
-        rows = [_rows(function, cutoff, intervals, order) for function in functions]
-        error = max(_error(table, f, cutoff, intervals) for table, f in zip(rows, functions, strict=True))
-        if error <= _TOLERANCE[dtype]:
-            return SplineTable(torch.cat(rows), intervals, cutoff, error)
+        rows = [polynomials(function, cutoff, intervals, order) for function in functions]
+        errors = [_errors(table, f, cutoff, intervals) for table, f in zip(rows, functions, strict=True)]
+        error, slope_error = (max(each) for each in zip(*errors, strict=True))
+        if error <= _TOLERANCE[dtype] and slope_error <= _SLOPE_TOLERANCE[dtype]:
+            return SplineTable(torch.cat(rows), intervals, cutoff, error, slope_error)
     raise UnsupportedModuleError(
         f"the radial network of {name} cannot be tabulated: with {intervals} intervals its spline is off by "
-        f"{error:.1e} of the largest weight, more than {_TOLERANCE[dtype]:.0e}; use mace_fast.convert, which keeps "
-        "the networks"
+        f"{error:.1e} of the largest weight (allowed: {_TOLERANCE[dtype]:.0e}), and its slope by {slope_error:.1e} of "
+        f"the largest (allowed: {_SLOPE_TOLERANCE[dtype]:.0e}); use mace_fast.convert, which keeps the networks"
     )
 
 
-def _rows(function: RadialFunction, cutoff: float, intervals: int, order: int) -> Tensor:
+def _through_values(function: RadialFunction, cutoff: float, intervals: int, order: int) -> Tensor:
+    """Coefficients [intervals + 1, order, n], the last row zero, of polynomials through ``order`` values each.
+
+    Neighbours share the value at their knot. The slope is as good as that of any polynomials on these intervals (see
+    :func:`_nodes`), but for what rounding does to differences of nearly equal values: some 1e-12, nothing to float32.
+    """
+    nodes = _nodes(order)
+    lower = torch.arange(intervals, dtype=torch.float64)[:, None]
+    r = torch.cat([((lower + nodes[:-1]) * (cutoff / intervals)).flatten(), torch.tensor([cutoff]).double()])
+    r[0], r[-1] = _ZERO, math.nextafter(cutoff, 0.0)
+    with torch.no_grad():
+        values = function(r)
+    _require_finite(values)
+    inner = values[:-1].reshape(intervals, order - 1, -1)
+    first, last = inner[:, :1], torch.cat([inner[1:, 0], values[-1:]])
+    differences = torch.cat([inner[:, 1:], last[:, None]], 1) - first
+    powers = nodes[1:, None] ** torch.arange(1, order)
+    table = torch.cat([first, torch.einsum("mj,kjc->kmc", torch.linalg.inv(powers), differences)], 1)
+    return torch.cat([table, torch.zeros_like(table[:1])])
+
+
+def _nodes(order: int) -> Tensor:
+    """The places in [0, 1], both ends among them, through which a polynomial of even ``order`` has the best slope.
+
+    The error of a polynomial through values is, to leading order, a multiple of w(t) = (t - t_0) ... (t - t_n-1); that
+    of its slope is smallest where w' is a Chebyshev polynomial, as that deviates least from zero. Its integral from one
+    end of the interval on vanishes at the other end too.
+    """
+    w = np.polynomial.Chebyshev.basis(order - 1).integ(lbnd=-1)
+    roots = np.sort(np.real(w.roots()))
+    roots[0], roots[-1] = -1.0, 1.0
+    return torch.from_numpy((roots + 1) / 2)
+
+
+def _through_derivatives(function: RadialFunction, cutoff: float, intervals: int, order: int) -> Tensor:
     """Coefficients [intervals + 1, order, n], the last row zero.
 
     With h = order / 2, each polynomial has the value and the first h derivatives of the function at the lower end, and
@@ -84,17 +129,12 @@ def _rows(function: RadialFunction, cutoff: float, intervals: int, order: int) -
     would bring their rounding, magnified by the number of intervals, into the slope.
     """
     r = torch.linspace(0, cutoff, intervals + 1, dtype=torch.float64)
-    r[0] = _ZERO
     # The polynomial needs derivatives from below: cutoff functions are zero from the cutoff on, but the third
     # derivative of the usual one jumps there.
-    r[-1] = math.nextafter(cutoff, 0.0)
+    r[0], r[-1] = _ZERO, math.nextafter(cutoff, 0.0)
     spacing = cutoff / intervals
     half = order // 2
     knots = [value * spacing**n for n, value in enumerate(_derivatives(function, r, half + 1))]
-    if not all(bool(torch.isfinite(k).all()) for k in knots):
-        raise UnsupportedModuleError(
-            "a radial function is not finite between zero and the cutoff; it cannot be tabulated"
-        )
     low = torch.stack([k[:-1] / math.factorial(n) for n, k in enumerate(knots)])
     # Falling factorials: the n-th derivative of t^m at t = 1 is m (m - 1) ... (m - n + 1).
     powers = torch.tensor([[math.perm(m, n) for m in range(order)] for n in range(1, half)], dtype=torch.float64)
@@ -104,10 +144,24 @@ def _rows(function: RadialFunction, cutoff: float, intervals: int, order: int) -
     return torch.cat([table, torch.zeros_like(table[:1])])
 
 
-def _derivatives(function: RadialFunction, r: Tensor, order: int) -> list[Tensor]:
-    """The function and its first order - 1 derivatives, each [K, n].
+def _require_finite(values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise UnsupportedModuleError(
+            "a radial function is not finite between zero and the cutoff; it cannot be tabulated"
+        )
 
-    With one seed per value, the gradient of <seed, f> with respect to r is linear in the seed, and its gradient with
+
+def _derivatives(function: RadialFunction, r: Tensor, order: int) -> list[Tensor]:
+    """The function and its first order - 1 derivatives, each [K, n]; all finite."""
+    pieces = [_derivatives_at_once(function, piece, order) for piece in r.split(_AT_ONCE)]
+    found = [torch.cat(each) for each in zip(*pieces, strict=True)]
+    for values in found:
+        _require_finite(values)
+    return found
+
+
+def _derivatives_at_once(function: RadialFunction, r: Tensor, order: int) -> list[Tensor]:
+    """With one seed per value, the gradient of <seed, f> with respect to r is linear in the seed, and its gradient with
     respect to the seed is f'. So reverse mode gives all columns at once; forward mode does not exist for all of torch.
     """
     r = r.clone().requires_grad_()
@@ -123,16 +177,27 @@ def _derivatives(function: RadialFunction, r: Tensor, order: int) -> list[Tensor
     return [value.detach() for value in values]
 
 
-def _error(rows: Tensor, function: RadialFunction, cutoff: float, intervals: int) -> float:
-    positions = (torch.arange(intervals, dtype=torch.float64)[:, None] + torch.tensor([0.25, 0.5, 0.8])).flatten()
-    r = positions * (cutoff / intervals)
-    seen = r >= min(_PROVEN_FROM, cutoff / 2)
+def _errors(rows: Tensor, function: RadialFunction, cutoff: float, intervals: int) -> tuple[float, float]:
+    """Of values and slopes, over the largest value and slope, where the polynomials are worst."""
+    lower = torch.arange(intervals, dtype=torch.float64)[:, None]
+    between, beside = (
+        (lower + torch.tensor(places, dtype=torch.float64)).flatten() for places in ([0.25, 0.5, 0.8], [0.0, 0.65])
+    )
+    least = min(_PROVEN_FROM, cutoff / 2) * intervals / cutoff
+    between, beside = between[between >= least], beside[beside >= least]
+    per_length = intervals / cutoff
     with torch.no_grad():
-        exact = function(r[seen])
-    scale = float(exact.abs().max())
-    if scale == 0.0:
-        return 0.0
-    return float((interpolate(rows, positions[seen]) - exact).abs().max()) / scale
+        exact = function(between / per_length)
+    _, slopes = _derivatives(function, beside / per_length, 2)
+    return (
+        _relative(interpolate(rows, between) - exact, exact),
+        _relative(per_length * _slope(rows, beside) - slopes, slopes),
+    )
+
+
+def _relative(error: Tensor, exact: Tensor) -> float:
+    largest = float(error.abs().max())
+    return largest / float(exact.abs().max()) if largest else 0.0
 
 
 def interpolate(rows: Tensor, positions: Tensor) -> Tensor:
@@ -143,3 +208,13 @@ def interpolate(rows: Tensor, positions: Tensor) -> Tensor:
     for power in range(rows.shape[1] - 2, -1, -1):
         value = value * t + rows[interval, power]
     return value
+
+
+def _slope(rows: Tensor, positions: Tensor) -> Tensor:
+    """The derivative of :func:`interpolate` with respect to the positions."""
+    interval = positions.long().clamp(max=rows.shape[0] - 1)
+    t = (positions - interval)[:, None]
+    slope = (rows.shape[1] - 1) * rows[interval, -1]
+    for power in range(rows.shape[1] - 2, 0, -1):
+        slope = slope * t + power * rows[interval, power]
+    return slope
