@@ -94,8 +94,8 @@ def merge(outputs: Sequence[Path]) -> dict[str, Any]:
     return {"command": "python -m benchmarks.everything; each row names its own", **shared, "rows": rows}
 
 
-def publish(name: str, outputs: Sequence[Path], target: Path) -> None:
-    """Write what there is of a name, whole or not at all."""
+def publish(outputs: Sequence[Path], target: Path) -> None:
+    """Write what there is of several runs, whole or not at all."""
     there = [path for path in outputs if path.exists()]
     if there:
         with published(target) as temporary:
@@ -141,7 +141,7 @@ def run_all(names: Sequence[str], prefix: str, directory: Path, side_by_side: in
                     kept = directory / f"{prefix}-{one.output.stem}.log"
                     kept.write_bytes(one.log.read_bytes())
                     bad.append(f"{'stopped' if late else 'failed'}, see {kept}: {' '.join(one.command)}")
-                publish(one.name, outputs[one.name], directory / f"{prefix}-{one.name}.json")
+                publish(outputs[one.name], directory / f"{prefix}-{one.name}.json")
             time.sleep(0.2)
     return bad
 

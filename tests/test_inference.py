@@ -215,7 +215,7 @@ def test_slopes_of_tables(dtype: torch.dtype, slope: float, seed: int) -> None:
     assert float(jumps[20:].abs().max()) < 1e-13
 
 
-def test_a_table_with_a_wrong_slope_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_with_a_wrong_slope_is_refused() -> None:
     """Values to 1e-9 with a slope to 1e-6: ripples too short for the grid."""
     period = 5.0 / 2048 / 3
 
