@@ -164,8 +164,8 @@ template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
                 C c[S::ORDER];
 #pragma unroll
                 for (int q = 0; q < S::ORDER; ++q) c[q] = read(row + q * S::NUMEL + (column - u), active);
-                w[Path::INDEX] = Make<N>::of(spline_value<S::ORDER>(c, t), C());
                 if (SLOPE) slope[Path::INDEX] = spline_slope<S::ORDER>(c, t);
+                w[Path::INDEX] = Make<N>::of(spline_value<S::ORDER>(c, t), C());
             } else {
                 w[Path::INDEX] = Make<N>::of(read(in.w + e + column, active),
                                              read(tangent.w + e + column, DUAL && tangent.w && active));
