@@ -10,8 +10,8 @@ other as a first call does; loading is reading machine code from the cache. ``cp
 machine changes less than the wall time.
 
 ``conv``: the four kernels of each convolution problem of benchmarks/problems.py (the product, its gradients, and both
-with tangents, for second derivatives), compiled side by side as ``prepare_channelwise`` does it; with the registers and
-the bytes of spilled stores of each.
+with tangents, for second derivatives), compiled side by side as ``mace_fast.kernels.prepare`` does it; with the
+registers and the bytes of spilled stores of each.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from benchmarks.timing import device_name
 from mace_fast import convert, zoo
 from mace_fast.files import published
 from mace_fast.inference import FrozenMACE
-from mace_fast.kernels.build import CpuSource, CudaSource, compile_cuda, compile_cuda_all
+from mace_fast.kernels.build import CpuSource, CudaSource, compile_cuda, side_by_side
 from mace_fast.kernels.ops import channelwise_run, harmonics, linear, linear_cuda, segment, symmetric
 from mace_fast.kernels.source.channelwise import PASSES, cuda_source
 from mace_fast.kernels.source.segment import segment_lists_cuda
@@ -149,7 +150,7 @@ def conv_row(problem: str, dtype: torch.dtype, arch: str) -> dict[str, Any]:
     """Times of NVRTC for one convolution, and what its kernels use."""
     sources = [cuda_source(PROBLEMS[problem].description(), dtype.itemsize, variant) for variant in PASSES]
     wall, cpu = time.perf_counter(), _processor_time()
-    compiled = compile_cuda_all(sources, arch)
+    compiled = side_by_side([partial(compile_cuda, source, arch) for source in sources])
     used = [max(c.resources.values(), key=lambda r: r.registers) for c in compiled]
     return {
         "sources": len(sources),

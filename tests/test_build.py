@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,13 @@ from mace_fast.kernels.build import (
     KernelResources,
     compile_cpu,
     compile_cuda,
-    compile_cuda_all,
     cpu_available,
     cpu_threads,
     host,
     load_cpu,
     load_cuda,
     nvrtc,
+    side_by_side,
 )
 from mace_fast.kernels.build.resources import parse_resources
 
@@ -51,13 +52,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_cuda_compiles_several_at_once() -> None:
     others = [replace(AXPY_CUDA, options=(f"-DNUMBER={number}",)) for number in range(3)]
-    compiled = compile_cuda_all(others, "sm_90")
+    compiled = side_by_side([partial(compile_cuda, source, "sm_90") for source in others])
     assert [c.cubin for c in compiled] == [compile_cuda(source, "sm_90").cubin for source in others]
     assert not any(c.from_cache for c in compiled) and compile_cuda(others[0], "sm_90").from_cache
-    assert compile_cuda_all([], "sm_90") == []
+    assert side_by_side([]) == []
     broken = replace(AXPY_CUDA, name="broken", text="nonsense")
     with pytest.raises(BuildError, match="broken"):
-        compile_cuda_all([others[0], broken], "sm_90")
+        side_by_side([partial(compile_cuda, source, "sm_90") for source in (broken, others[0])])
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_90a"])
@@ -282,9 +283,9 @@ def test_missing_ninja(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def fresh_nvrtc() -> Iterator[None]:
-    nvrtc.load_nvrtc.cache_clear()
+    nvrtc._load_nvrtc.cache_clear()
     yield
-    nvrtc.load_nvrtc.cache_clear()
+    nvrtc._load_nvrtc.cache_clear()
 
 
 @pytest.mark.parametrize("module", ["cuda.bindings", "cuda.pathfinder"])

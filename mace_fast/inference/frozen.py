@@ -24,6 +24,7 @@ from mace_fast.inference.radial import depends_on_species, radial_weights
 from mace_fast.inference.tables import SplineTable, tabulate
 from mace_fast.kernels.ops.geometry import edge_gradient
 from mace_fast.kernels.ops.harmonics import edge_harmonics
+from mace_fast.kernels.ops.prepare import compile_sources, spline_sources, target
 from mace_fast.kernels.ops.segment import segment_sum, segments
 from mace_fast.kernels.ops.totals import atom_forces
 from mace_fast.patch.blocks.interaction import FastInteraction, FastRealAgnosticAttResidualInteraction
@@ -276,6 +277,7 @@ class FrozenMACE(torch.nn.Module):
                     )
                 )
                 readouts = freeze_readouts(self)
+            _compile(layers)
             self.table_error = max(table.error for table in tables)
             prepared = Prepared(layers, readouts, present, fingerprint)
             self._prepared = prepared
@@ -394,6 +396,18 @@ def _atomic_virials(per_edge: Tensor, edges: SortedEdges, cell: Tensor, batch: T
     volume = _volume(cell)[batch].view(-1, 1, 1)
     stress = virial / volume
     return -virial, torch.where(stress.abs() < 1e10, stress, torch.zeros_like(stress))
+
+
+def _compile(layers: tuple[FrozenLayer, ...]) -> None:
+    """The convolutions' kernels, side by side, before the first call asks for one after the other."""
+    rows = [layer.weights.rows for layer in layers]
+    arch = target(rows[0].device)
+    makers = [
+        maker
+        for layer, table in zip(layers, rows, strict=True)
+        for maker in spline_sources(layer.conv, table.dtype, arch, table.shape[1], want_x=layer.first is None)
+    ]
+    compile_sources(makers, arch)
 
 
 def _require_frozen_form(model: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ase
@@ -13,6 +14,7 @@ import torch
 from mace_fast.copying import copy_module
 from mace_fast.patch.blocks.base import FastModule
 from mace_fast.patch.constants import with_fast_constants
+from mace_fast.patch.prepare import prepare_model
 from mace_fast.patch.replace import fast_modules, put_back
 from mace_fast.patch.understand import ancestor_names
 from mace_fast.verification import EquivalenceReport, Progress, QuantityRow, compare
@@ -50,6 +52,8 @@ def check_equivalence(
         model = put_back(copy_module(model))
     reference = with_fast_constants(model, fast)
     candidate = with_fast_constants(fast, fast)
+    device = next((t.device for t in candidate.state_dict().values()), torch.device("cpu"))
+    prepare_model(candidate, dtypes, device, done=None if progress is None else partial(progress, "compiling kernels"))
     if _ENERGY_MODEL in ancestor_names(reference):
         report = compare(reference, candidate, structures=structures, dtypes=dtypes, modules=labels, progress=progress)
         if reference is not model:
@@ -59,7 +63,7 @@ def check_equivalence(
         raise ValueError(
             f"structures are for MACE models; this is a {type(model).__name__}, whose modules get random inputs"
         )
-    return _compare_modules(reference, candidate, labels, dtypes)
+    return _compare_modules(reference, candidate, labels, dtypes, device)
 
 
 def _compare_modules(
@@ -67,13 +71,13 @@ def _compare_modules(
     candidate: torch.nn.Module,
     labels: dict[str, str],
     dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
 ) -> EquivalenceReport:
     """Outputs and gradients of each replaced module, where nothing is known about the model around them."""
     start = time.perf_counter()
     seed = secrets.randbits(31)
     generator = torch.Generator().manual_seed(seed)
     calls = [_example_call(name, module, generator) for name, module in fast_modules(candidate).items()]
-    device = next((t.device for t in candidate.state_dict().values()), torch.device("cpu"))
     report = EquivalenceReport(
         reference=type(reference).__name__,
         candidate=type(candidate).__name__,

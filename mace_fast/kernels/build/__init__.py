@@ -9,9 +9,10 @@ from mace_fast.kernels.build.arguments import Float32, Int32
 from mace_fast.kernels.build.cache import default_cache_dir
 from mace_fast.kernels.build.host import CompiledCpu, compile_cpu, cpu_available, cpu_threads, load_cpu
 from mace_fast.kernels.build.launch import CudaModule, architecture, cuda_index, load_cuda, on_gpu
-from mace_fast.kernels.build.nvrtc import CompiledCuda, compile_cuda, compile_cuda_all
+from mace_fast.kernels.build.nvrtc import CompiledCuda, compile_cuda
 from mace_fast.kernels.build.resources import KernelResources
 from mace_fast.kernels.build.sources import CpuSource, CudaSource
+from mace_fast.kernels.build.together import side_by_side
 
 __all__ = [
     "CompiledCpu",
@@ -25,7 +26,6 @@ __all__ = [
     "architecture",
     "compile_cpu",
     "compile_cuda",
-    "compile_cuda_all",
     "cpu_available",
     "cpu_threads",
     "cuda_index",
@@ -33,4 +33,5 @@ __all__ = [
     "load_cpu",
     "load_cuda",
     "on_gpu",
+    "side_by_side",
 ]

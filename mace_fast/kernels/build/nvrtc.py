@@ -9,11 +9,10 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import re
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +33,7 @@ _BASE_OPTIONS = ("--std=c++17", "--ptxas-options=-v")
 _DRIVER_CACHE_SINCE = (12, 9)
 _ARCH = re.compile(r"sm_(\d+)[af]?")
 _CUBIN = "kernel.cubin"
+_LOADING = threading.Lock()
 _FACTS = "kernel.json"
 
 
@@ -65,9 +65,16 @@ class Nvrtc:
     identity: str
 
 
-@functools.cache
 def load_nvrtc() -> Nvrtc:
     """Load NVRTC, once per process. Raises MissingToolError, naming the command that installs it."""
+    # One thread at a time: version 13.0 finds its second library only after the first is loaded completely, and two
+    # threads that begin with it together fail ("failed to open libnvrtc-builtins").
+    with _LOADING:
+        return _load_nvrtc()
+
+
+@functools.cache
+def _load_nvrtc() -> Nvrtc:
     try:
         from cuda.bindings import nvrtc as api
         from cuda.pathfinder import load_nvidia_dynamic_lib
@@ -144,16 +151,6 @@ def compile_cuda(source: CudaSource, arch: str) -> CompiledCuda:
     facts = json.loads(entry.files[_FACTS])
     resources = {name: KernelResources(**values) for name, values in facts["resources"].items()}
     return CompiledCuda(entry.files[_CUBIN], resources, facts["log"], entry.from_cache)
-
-
-def compile_cuda_all(sources: Sequence[CudaSource], arch: str) -> list[CompiledCuda]:
-    """``compile_cuda`` of each source, side by side on all processors: NVRTC works without the interpreter's lock.
-
-    Raises what compiling the first of those that fail raises, once all others are done.
-    """
-    check_arch(arch)
-    with ThreadPoolExecutor(max_workers=min(len(sources), os.cpu_count() or 1) or 1) as threads:
-        return list(threads.map(lambda source: compile_cuda(source, arch), sources))
 
 
 def _compile(source: CudaSource, options: tuple[str, ...]) -> tuple[bytes, str]:

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mace_fast.kernels.build import architecture, compile_cuda_all, cuda_index
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
-from mace_fast.kernels.ops.channelwise_run import Graph, Tangents, cuda_launch, gradient_parts, run_kernel, sizes
+from mace_fast.kernels.ops.channelwise_run import Graph, Tangents, gradient_parts, run_kernel, sizes
 from mace_fast.kernels.ops.graph import EdgeGraph
 from mace_fast.kernels.ops.segment import Segments, segment_sum
 from mace_fast.kernels.plan.channelwise import ChannelwisePlan, Role, plan
-from mace_fast.kernels.source.channelwise import PASSES, Variant, cuda_source
+from mace_fast.kernels.source.channelwise import Variant
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
 _GRAPH = (
@@ -80,30 +79,6 @@ def channelwise_tp(description: ChannelwiseTensorProduct, x: Tensor, y: Tensor, 
     x, y, w = _without_autocast(x, y, w)
     _check(description, x, y, w, rows=x.shape[0], edges=x.shape[0], device=x.device)
     return torch.ops.mace_fast.conv(x, y, w, *_NO_GRAPH, description.key)
-
-
-def prepare_channelwise(
-    descriptions: Sequence[ChannelwiseTensorProduct], dtype: torch.dtype, device: torch.device | str, *, order: int = 2
-) -> None:
-    """Compile what products on a GPU will need, side by side; else each kernel is compiled when it is first called.
-
-    Args:
-        descriptions: the products.
-        dtype: float32 or float64.
-        device: a CUDA device.
-        order: of the highest derivative that will be asked for, with respect to x, y and w: 0, 1 or 2.
-
-    Raises:
-        ValueError: the device is not a CUDA device, or the order is another.
-        BuildError, MissingToolError: as for the first call of a kernel.
-    """
-    if order not in (0, 1, 2):
-        raise ValueError(f"order is {order}; kernels are prepared for derivatives of order 0, 1 and 2")
-    device = torch.device("cuda", cuda_index(device))
-    kernels = [(d, variant) for d in descriptions for variant in PASSES[: (1, 2, 4)[order]]]
-    compile_cuda_all([cuda_source(d, dtype.itemsize, variant) for d, variant in kernels], architecture(device))
-    for d, variant in kernels:
-        cuda_launch(d.key, dtype.itemsize, variant, device)
 
 
 def _without_autocast(*operands: Tensor) -> tuple[Tensor, ...]:
