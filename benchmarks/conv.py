@@ -10,6 +10,7 @@
 Problems beyond the table: the families of NequIP, mixed multiplicities, and DiffDock's fully connected ('uvw')
 products, whose weights are thousands of numbers an edge. Rows say how many nodes and edges they were measured with.
 
+``*_ms`` is the device's time of a call, ``*_loop_ms`` that of one of many calls in a row, the host's work included.
 Each backend's results are compared with mace_fast's in the same run before anything is timed; one that differs is not
 timed, its row says so, and the exit status is 1.
 """
@@ -34,7 +35,16 @@ from benchmarks.graphs import GRAPHS
 from benchmarks.peers import BACKENDS, Conv, Peer, peer
 from benchmarks.problems import DIFFDOCK, PROBLEMS, TABLE, FullyConnectedProblem, Problem, forward_operations
 from benchmarks.roofline import plot_roofline
-from benchmarks.timing import copy_bandwidth, device_name, float32_peak, median_ms, peak_memory_mib, release
+from benchmarks.timing import (
+    copy_bandwidth,
+    device_name,
+    float32_peak,
+    kernel_times,
+    loop_ms,
+    median_ms,
+    peak_memory_mib,
+    release,
+)
 from benchmarks.turns import my_turn
 from mace_fast.kernels import FullyConnectedTensorProduct, channelwise_tp_conv, edge_graph, fully_connected_tp_conv
 
@@ -126,13 +136,22 @@ def measure(
         turn.enter_context(my_turn())
     for key, call in (("fwd", forward), ("fwdbwd", backward), ("fwdbwdbwd", double_backward)):
         try:
-            row[f"{key}_ms"] = round(median_ms(call, device), 4)
+            row[f"{key}_ms"] = round(median_ms(call, device, budget_s=0.5), 4)
+            row[f"{key}_loop_ms"] = round(loop_ms(call, device), 4)
+            if backend == "mace_fast" and device.type == "cuda":
+                times = kernel_times(call, warmup=1, repeats=5)
+                row[f"{key}_kernels_us"] = {_short(name): round(us, 1) for name, (us, _) in times.items()}
             memory = peak_memory_mib(call, device)
             row[f"{key}_mib"] = None if memory is None else round(memory, 1)
         except torch.cuda.OutOfMemoryError:
             row["error"] = f"out of memory in {key}"
             break
     return row
+
+
+def _short(kernel: str) -> str:
+    """A kernel's name without its arguments and template."""
+    return kernel.removeprefix("void ").split("(")[0].split("<")[0][:60]
 
 
 def floor_ms(

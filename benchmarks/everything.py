@@ -42,17 +42,30 @@ def _one(line: str) -> tuple[tuple[str, ...], ...]:
     return (tuple(line.split()),)
 
 
+_PEERS = "e3nn mace_fast_inference cueq oeq"
+_KERNELS = "mace_fast cueq oeq oeq-det"
+_BESIDE_PEERS = (
+    "mp0-medium --sizes 64 1000",
+    "mp0-small --sizes 64 1000",
+    "mp0-large --sizes 1000 4096",
+    "mpa0-medium --sizes 4096",
+    "mh-1 --sizes 1000",
+    "off23-medium --sizes 3000",
+)
+"""Models and sizes that are measured beside every peer; "model-sizes" has the others, which peers need minutes for."""
+
 COMMANDS = {
-    "model": _each("model --models % --budget 0.5", (name for name, *_ in ROWS)),
+    "model": _each(f"model --models % --backends {_PEERS} --budget 0.3", _BESIDE_PEERS),
+    "model-sizes": _each("model --models % --backends mace_fast_inference --budget 0.3", (name for name, *_ in ROWS)),
+    "model-float64": _one(f"model --models mp0-medium --sizes 1000 --dtype float64 --backends {_PEERS} --budget 0.3"),
     "step": _each(
         "step --sizes % --budget 1 --backends mace-torch cueq oeq mace_fast no-graph --lists", ("64", "1000")
     ),
     "conv": _each("conv --problems %", TABLE),
-    "model-float64": _one("model --models mp0-medium --sizes 1000 --dtype float64 --budget 0.5"),
-    "conv-float64": _each("conv --problems % --dtypes float64", TABLE),
+    "conv-float64": _each(f"conv --problems % --dtypes float64 --backends {_KERNELS}", TABLE),
     "alloy": _one("step --model mpa0-medium --structure five-metals --sizes 13824 --backends mace_fast --lists"),
     "batch": _one("step --model off23-medium --structure water --sizes 192 --backends mace_fast --lists --batch 64"),
-    "conv-graphs": _each("conv --problems medium-L2 --graphs %", _OTHER_GRAPHS),
+    "conv-graphs": _each(f"conv --problems medium-L2 --graphs % --backends {_KERNELS}", _OTHER_GRAPHS),
     "conv-families": _each("conv --problems %", (*FAMILIES, *DIFFDOCK)),
     "lists": _one("step --sizes 64 --backends mace_fast"),
     "largest": _one("model --models mp0-medium --sizes 262144 --backends mace_fast_inference"),
@@ -83,6 +96,8 @@ def merge(outputs: Sequence[Path]) -> dict[str, Any]:
         ValueError: the runs were on different devices or with different versions of torch.
     """
     runs = [json.loads(path.read_text()) for path in outputs]
+    for run in runs:
+        run["command"] = run["command"].partition(" --output ")[0]
     if len(runs) == 1:
         only: dict[str, Any] = runs[0]
         return only

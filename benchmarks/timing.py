@@ -13,6 +13,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+_SPIN_HZ = 2e9
+"""Cycles of a spinning kernel to the second: about the highest clock of an H100, so that it spins long enough."""
+
 
 def device_name(device: torch.device) -> str:
     """What a figure is reported beside."""
@@ -22,34 +25,58 @@ def device_name(device: torch.device) -> str:
 
 
 def median_ms(call: Callable[[], object], device: torch.device, *, budget_s: float = 1.0, warmup: int = 3) -> float:
-    """Median time of ``call`` in ms: CUDA events around calls in a row, or the wall clock on a CPU.
+    """Median time of ``call`` in ms: CUDA events around it, or the wall clock on a CPU.
 
-    On a GPU nothing waits between calls, as nothing does in a training loop: what the host needs to launch a call
-    counts only where the GPU is done before it.
+    On a GPU it is the time of the device alone: each call is queued behind a kernel that spins for longer than the host
+    needs to launch it. :func:`loop_ms` has what the host adds.
     """
     for _ in range(warmup):
         call()
-    times: list[float] = []
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         started = time.perf_counter()
         call()
+        launched = time.perf_counter() - started
         torch.cuda.synchronize(device)
         once = time.perf_counter() - started
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * int(min(50, max(5, budget_s / once))))]
-        for begin, end in zip(marks[::2], marks[1::2], strict=True):
+        spin = int((2 * launched + 1e-4) * _SPIN_HZ)
+        count = int(min(50, max(5, budget_s / (once + 2 * launched))))
+        marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+        for begin, end in marks:
+            torch.cuda._sleep(spin)
             begin.record()
             call()
             end.record()
         torch.cuda.synchronize(device)
-        times = [begin.elapsed_time(end) for begin, end in zip(marks[::2], marks[1::2], strict=True)]
-        return statistics.median(times)
+        return statistics.median(begin.elapsed_time(end) for begin, end in marks)
+    times: list[float] = []
     started = time.perf_counter()
     while len(times) < 5 or (time.perf_counter() - started < budget_s and len(times) < 50):
         begin_s = time.perf_counter()
         call()
         times.append((time.perf_counter() - begin_s) * 1e3)
     return statistics.median(times)
+
+
+def loop_ms(call: Callable[[], object], device: torch.device, *, budget_s: float = 0.3) -> float:
+    """Time of one call in ms where many follow one another and only the last is waited for: host or device, whichever
+    is slower, as in a training loop that does nothing else."""
+    call()
+    _wait(device)
+    started = time.perf_counter()
+    call()
+    _wait(device)
+    count = int(min(100, max(5, budget_s / (time.perf_counter() - started))))
+    started = time.perf_counter()
+    for _ in range(count):
+        call()
+    _wait(device)
+    return (time.perf_counter() - started) / count * 1e3
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -94,6 +121,13 @@ def kernel_times(call: Callable[[], object], *, warmup: int = 5, repeats: int = 
             times[event.name] += event.device_time
             counts[event.name] += 1
     return {name: (us / repeats, counts[name] / repeats) for name, us in times.items()}
+
+
+def busy_ms(call: Callable[[], object], *, times: int = 5) -> float:
+    """Median of the time that kernels and copies of one call take; another process on the GPU disturbs few calls."""
+    return statistics.median(
+        sum(us for us, _ in kernel_times(call, warmup=1, repeats=1).values()) / 1e3 for _ in range(times)
+    )
 
 
 def float32_peak(device: torch.device) -> float | None:
