@@ -152,6 +152,12 @@ def load_model(
     return model.to(device=target_device, dtype=target_dtype)
 
 
+def model_file(source: str | os.PathLike[str]) -> Path:
+    """The file that :func:`load_model` reads for a path or a public model's name, which may not be there yet."""
+    public = public_models().get(source) if isinstance(source, str) else None
+    return Path(source).expanduser() if public is None else public.cached_as
+
+
 def require_energy_model(model: torch.nn.Module) -> MACE:
     """``model`` if it is a :class:`MACE` or :class:`ScaleShiftMACE`, the two that give energies and forces
     alone.

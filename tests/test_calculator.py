@@ -16,7 +16,6 @@ from ase.calculators.calculator import Calculator
 from ase.constraints import FixAtoms
 from mace.calculators import MACECalculator
 
-import mace_fast.calculators.models as models_module
 from mace_fast import freeze, zoo
 from mace_fast.calculators import MACEFastCalculator
 from mace_fast.errors import MissingToolError, ModelFileError, StructureError, UnsupportedModuleError
@@ -409,35 +408,6 @@ def test_paths(model: torch.nn.Module, model_file: Path, calculator: MACEFastCal
 def test_converted_model_is_taken_as_it_is(model: torch.nn.Module, calculator: MACEFastCalculator) -> None:
     converted = ours(convert(model, verify=False))
     assert_same_results(all_results(converted, structure()), all_results(calculator, structure()))
-
-
-class Passed:
-    """A report of a comparison that was not made."""
-
-    def raise_if_failed(self) -> None: ...
-
-
-@pytest.mark.parametrize("verify", [True, False])
-def test_verify_is_passed_on(
-    verify: bool, model: torch.nn.Module, model_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-    for name in ("convert", "patch"):
-        original = getattr(models_module, name)
-
-        def record(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
-            asked.append(kwargs["verify"])
-            return _original(*args, **{**kwargs, "verify": False})
-
-        monkeypatch.setattr(models_module, name, record)
-    monkeypatch.setattr(models_module, "verify_frozen", lambda model, program: asked.append("frozen") or Passed())
-    MACEFastCalculator(models=model, verify=verify)
-    MACEFastCalculator(model_file, verify=verify)
-    assert asked == ([True, "frozen"] * 2 if verify else [False, False])
-
-
-def test_verification_is_on_by_default() -> None:
-    assert MACEFastCalculator.__init__.__kwdefaults__["verify"] is True
 
 
 def test_wrong_arguments(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

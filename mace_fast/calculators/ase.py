@@ -18,7 +18,7 @@ from mace.modules import MACE
 from mace_fast.calculators.batches import evaluate_batch, pack
 from mace_fast.calculators.derived import descriptors, fresh, hessian
 from mace_fast.calculators.graph import GraphBuilder
-from mace_fast.calculators.models import choose_head, converted_models, frozen_program, require_one_committee
+from mace_fast.calculators.models import Verify, choose_head, prepared_models, require_one_committee
 from mace_fast.calculators.results import ase_results, require_finite, total_energy
 from mace_fast.calculators.snapshot import Snapshot, changes_since
 from mace_fast.calculators.wanted import Wanted
@@ -60,9 +60,12 @@ class MACEFastCalculator(Calculator):
         compile_mode, fullgraph, enable_cueq, enable_oeq, pad_num_atoms, pad_num_edges, warmup: settings of
             other
             accelerators, which mace_fast replaces: a warning says that they have no effect.
-        verify: prove on construction that the converted model computes what the original computes. It evaluates
-            both on several small structures in float64 and in the working dtype: seconds on a CPU, for each
-            calculator. False trusts an earlier proof.
+        verify: prove on construction that the converted model and its program compute what the original computes, by
+            evaluating all on several small structures in float64 and in the working dtype. For a foundation model
+            that takes a minute on two CPU cores, so ``"once"`` does it for a model file that this machine
+            has not proven before, with the same code, versions, device and precision (the proof is kept beside the
+            compiled kernels). Models that are given as modules, or hold code of other packages, are proven each time.
+            True proves now, False trusts.
         frozen: evaluate energies, forces and stresses by the frozen program (:func:`mace_fast.freeze`), several times
             faster than the converted model; it is verified as well, and its tables are made at the first evaluation of
             each set of elements. A model that has no frozen form is evaluated in its converted form, with a warning.
@@ -83,6 +86,7 @@ class MACEFastCalculator(Calculator):
         models: the converted models.
         stepper: what evaluates frozen programs and keeps their lists and graphs (``stepper.rebuilds``,
             ``stepper.search.method``); None for converted models.
+        proofs: what was proven, now or earlier, and where the reports lie; empty with ``verify=False``.
         r_max: cutoff in A.
         available_heads, head: the names of the model's heads, and the one in use.
 
@@ -116,7 +120,7 @@ class MACEFastCalculator(Calculator):
         pad_num_edges: int = 0,
         warmup: bool = False,
         *,
-        verify: bool = True,
+        verify: Verify = "once",
         frozen: bool = True,
         skin: float = DEFAULT_SKIN,
         cuda_graph: bool | None = None,
@@ -154,11 +158,13 @@ class MACEFastCalculator(Calculator):
             raise ValueError("give exactly one of 'model_paths' and 'models'")
 
         self.device = resolve_device(device)
-        self.models: list[MACE] = converted_models(
-            model_paths, models, self.device, resolve_dtype(default_dtype), verify
+        prepared = prepared_models(
+            model_paths, models, self.device, resolve_dtype(default_dtype), verify, frozen=frozen
         )
+        self.models: list[MACE] = [model.converted for model in prepared]
         self.num_models = len(self.models)
-        self._programs = [frozen_program(model, verify) if frozen else model for model in self.models]
+        self._programs = [model.program for model in prepared]
+        self.proofs = [proof for model in prepared for proof in model.proofs]
         require_one_committee(self.models)
         self.stepper: Stepper | None = None
         self._batches: Stepper | None = None

@@ -30,15 +30,24 @@ def make_calculator(
 ) -> MACEFastCalculator:
     """The calculator that the shared options describe."""
     place = choose_device(device)
-    say(f"loading and converting {model}" + ("" if no_verify else ", verifying the conversion"))
+    say(f"loading and converting {model}" + ("" if no_verify else ", verifying the conversion if it is new here"))
     with usage_errors():
-        return MACEFastCalculator(
+        calculator = MACEFastCalculator(
             model,
             device=place,
             default_dtype="" if dtype is None else dtype.value,
             head=head,
-            verify=not no_verify,
+            verify=False if no_verify else "once",
         )
+    say_what_is_proven(calculator)
+    return calculator
+
+
+def say_what_is_proven(calculator: MACEFastCalculator) -> None:
+    """Whether the model was proven now or before, and where the reports are."""
+    for proof in calculator.proofs:
+        when = "was proven on this machine before" if proof.earlier else "is proven"
+        say(f"{proof.what}: {when}" + ("" if proof.report is None else f" ({proof.report})"))
 
 
 def model_identity(model: str, calculator: MACEFastCalculator) -> dict[str, str]:

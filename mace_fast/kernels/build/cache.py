@@ -1,4 +1,4 @@
-"""The kernel cache on disk: content-addressed, published atomically, free of locks.
+"""The cache on disk, of kernels and of proofs: content-addressed, published atomically, free of locks.
 
 An entry is a directory ``<label>-<sha256 of everything that made it>`` holding the build's files and a
 manifest with the size and sha256 of each. It is made under a temporary name in the same directory, flushed to
@@ -18,7 +18,8 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +72,13 @@ def cache_key(inputs: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def find(label: str, inputs: Mapping[str, object]) -> CacheEntry | None:
+    """The entry for `inputs`, if it is there and whole. Raises CacheError if the cache cannot be read."""
+    root = default_cache_dir()
+    with _cache_errors(root):
+        return _read(_target(root, label, inputs), from_cache=True)
+
+
 def get_or_build(label: str, inputs: Mapping[str, object], build: Callable[[Path], None]) -> CacheEntry:
     """The entry for `inputs`, built by ``build(directory)`` if it is not there or not whole.
 
@@ -78,8 +86,8 @@ def get_or_build(label: str, inputs: Mapping[str, object], build: Callable[[Path
     CacheError), with nothing left behind. Raises CacheError if the cache cannot be read or written.
     """
     root = default_cache_dir()
-    target = root / f"{label}-{cache_key(inputs)}"
-    try:
+    target = _target(root, label, inputs)
+    with _cache_errors(root):
         found = _read(target, from_cache=True)
         if found is not None:
             return found
@@ -91,6 +99,17 @@ def get_or_build(label: str, inputs: Mapping[str, object], build: Callable[[Path
             return _publish(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _target(root: Path, label: str, inputs: Mapping[str, object]) -> Path:
+    return root / f"{label}-{cache_key(inputs)}"
+
+
+@contextmanager
+def _cache_errors(root: Path) -> Iterator[None]:
+    """Within the block an OSError is one of the cache in ``root``, and says what to do."""
+    try:
+        yield
     except OSError as error:
         if error.errno in _DISK_FULL:
             message = f"no space left for compiled kernels in {root} ({error}); free some, or {_REMEDY}"
@@ -174,7 +193,7 @@ def _read(path: Path, *, from_cache: bool) -> CacheEntry | None:
     try:
         return CacheEntry(path, _contents(path), from_cache)
     except _DamagedError as damage:
-        _LOG.warning("the cached kernel %s is damaged (%s); building it again", path, damage)
+        _LOG.warning("the cached %s is damaged (%s); making it again", path, damage)
     # Renamed before it is deleted, so that no other process sees a part of it.
     aside = _staging_path(path.parent)
     try:
