@@ -149,5 +149,22 @@ def _openequivariance(
     rest = (receiver, sender)
     if deterministic:
         rest = (*rest, torch.argsort(sender, stable=True))
+    signs = _signs(problem).to(sender.device, dtype)
     # Weights of a path lie in pieces there.
-    return Peer(lambda x, y, w: product(x, y, w, *rest), lambda w: product.reorder_weights_from_e3nn(w, True))
+    return Peer(lambda x, y, w: product(x, y, w, *rest), lambda w: product.reorder_weights_from_e3nn(w * signs, True))
+
+
+def _signs(problem: Problem | FullyConnectedProblem) -> Tensor:
+    """-1 for the weights of paths whose coupling has another sign in OpenEquivariance (that of e3nn 0.5 and later) than
+    in the e3nn that is installed: some with odd l1 + l2 + l3."""
+    from openequivariance.core.e3nn_lite import wigner_3j
+
+    nodes, edges = o3.Irreps(problem.node_irreps), problem.edge_irreps
+    irreps_out, instructions = problem.instructions()
+    signs = []
+    for i, j, k, mode, _ in instructions:
+        degrees = nodes[i].ir.l, edges[j].ir.l, irreps_out[k].ir.l
+        product = (o3.wigner_3j(*degrees).double() * torch.as_tensor(wigner_3j(*degrees))).sum()
+        count = nodes[i].mul * edges[j].mul * (irreps_out[k].mul if mode == "uvw" else 1)
+        signs.append(torch.full((count,), float(torch.sign(product))))
+    return torch.cat(signs)
