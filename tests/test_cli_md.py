@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ase.io
 import numpy as np
 import pytest
+import torch
 
 from mace_fast import zoo
 from mace_fast.cli import main
@@ -40,6 +42,15 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
         status = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the processes that are compared with: BLAS rounds differently with two, on some processors."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def arguments_of(command: str, structure: Path, *options: object) -> list[str]:

@@ -2,7 +2,7 @@
 
 A proof that passed is remembered beside the compiled kernels, under everything that decides what was compared: the
 bytes of the model's file, the sources of mace_fast and of mace-torch's modules, the versions of what both stand on,
-the compiler, the device and the precision. Kernels give the same bits each time, so nothing else is left to differ.
+the compiler, the device and the precision. Kernels sum in a fixed order, so nothing else is left to differ.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _write(path: Path, report: EquivalenceReport) -> None:
 
 def _key(what: str, original: str, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
     environment = describe_environment(device)
-    environment.pop("threads", None)  # sums do not depend on them
+    environment.pop("threads", None)  # at most the last bit depends on them
     return {
         "proof": what,
         "original": original,
