@@ -88,7 +88,7 @@ def prepared_models(
             converted = convert(original, verify=False, dtype=dtype, device=device)
             prepared.append(_prepared(original, converted, None, device, verify, frozen=frozen))
     else:
-        for model, digest in [_loaded(path, device, dtype) for path in _expand_paths(model_paths)]:
+        for model, digest in [_loaded(path, device, dtype, verify) for path in _expand_paths(model_paths)]:
             # Nobody else has these: no copy is needed.
             prepared.append(_prepared(model, patch(model, verify=False), digest, device, verify, frozen=frozen))
     if not prepared:
@@ -96,8 +96,13 @@ def prepared_models(
     return prepared
 
 
-def _loaded(path: str | os.PathLike[str], device: torch.device, dtype: torch.dtype | None) -> tuple[MACE, str | None]:
-    """A model, and the digest of its file; None where that changed meanwhile, or does not tell all of the model."""
+def _loaded(
+    path: str | os.PathLike[str], device: torch.device, dtype: torch.dtype | None, verify: Verify
+) -> tuple[MACE, str | None]:
+    """A model, and the digest of its file; None where no proof is asked for, where the file changed meanwhile, or where
+    it does not tell all of the model."""
+    if not verify:
+        return require_energy_model(load_model(path, device, dtype)), None
     file = model_file(path)
     before = file_digest(file)
     model = require_energy_model(load_model(path, device, dtype))

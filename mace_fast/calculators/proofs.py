@@ -18,7 +18,8 @@ import mace
 import torch
 
 import mace_fast
-from mace_fast.kernels.build import find, get_or_build, toolchain
+from mace_fast.kernels.build.cache import find, get_or_build
+from mace_fast.kernels.build.toolchain import toolchain
 from mace_fast.verification import EquivalenceReport
 from mace_fast.verification.environment import describe_environment
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated
 import typer
 
 from mace_fast.calculators import MACEFastCalculator
+from mace_fast.calculators.proofs import file_digest
 from mace_fast.cli.console import say
 from mace_fast.cli.options import Precision, choose_device, usage_errors
 
@@ -53,7 +53,8 @@ def say_what_is_proven(calculator: MACEFastCalculator) -> None:
 def model_identity(model: str, calculator: MACEFastCalculator) -> dict[str, str]:
     """What must be the same for a run to go on with this model: its bytes (or public name), dtype and head."""
     path = Path(model)
-    name = f"{path.name} ({hashlib.sha256(path.read_bytes()).hexdigest()[:12]})" if path.is_file() else model
+    digest = file_digest(path)
+    name = model if digest is None else f"{path.name} ({digest[:12]})"
     return {"model": name, "dtype": calculator.default_dtype, "head": calculator.head}
 
 

@@ -6,14 +6,13 @@ Importing this needs no CUDA package, no GPU and no compiler; what is missing is
 from __future__ import annotations
 
 from mace_fast.kernels.build.arguments import Float32, Int32
-from mace_fast.kernels.build.cache import default_cache_dir, find, get_or_build
+from mace_fast.kernels.build.cache import default_cache_dir
 from mace_fast.kernels.build.host import CompiledCpu, compile_cpu, cpu_available, cpu_threads, load_cpu
 from mace_fast.kernels.build.launch import CudaModule, architecture, cuda_index, load_cuda, on_gpu
 from mace_fast.kernels.build.nvrtc import CompiledCuda, compile_cuda
 from mace_fast.kernels.build.resources import KernelResources
 from mace_fast.kernels.build.sources import CpuSource, CudaSource
 from mace_fast.kernels.build.together import side_by_side
-from mace_fast.kernels.build.toolchain import toolchain
 
 __all__ = [
     "CompiledCpu",
@@ -31,11 +30,8 @@ __all__ = [
     "cpu_threads",
     "cuda_index",
     "default_cache_dir",
-    "find",
-    "get_or_build",
     "load_cpu",
     "load_cuda",
     "on_gpu",
     "side_by_side",
-    "toolchain",
 ]
