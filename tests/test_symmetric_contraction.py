@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from mace_fast.kernels.build import CpuSource, cpu_available
+from mace_fast.kernels.build import CpuSource
 from mace_fast.kernels.description.polynomial import SymmetricContraction, Term, WeightedPolynomial
 from mace_fast.kernels.ops import symmetric as ops
 from mace_fast.kernels.ops.symmetric import fold_weights, symmetric_contraction, weighted_polynomial
 from mace_fast.kernels.plan import symmetric as plans
 from mace_fast.kernels.source import symmetric as sources
-
-pytestmark = pytest.mark.skipif(not cpu_available(), reason="no C++ compiler")
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 3e-15}
 
