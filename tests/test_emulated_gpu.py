@@ -79,6 +79,11 @@ def test_stretches_of_edges(seed: int, gpu: None, monkeypatch: pytest.MonkeyPatc
     test_spline_conv.test_stretches_of_edges_add_up(seed, monkeypatch, "cpu", stretch, 20)
 
 
+@pytest.mark.parametrize("mul", [20, 128])
+def test_edges_beyond_the_cutoff(seed: int, gpu: None, monkeypatch: pytest.MonkeyPatch, mul: int) -> None:
+    test_spline_conv.test_edges_beyond_the_cutoff_change_nothing(seed, monkeypatch, "cpu", 16, mul)
+
+
 def test_splines_beyond_the_cutoff(seed: int, gpu: None) -> None:
     test_spline_conv.test_beyond_the_cutoff_is_exactly_zero_and_nan_stays(seed, "cpu")
 

@@ -106,6 +106,41 @@ def test_beyond_the_cutoff_is_exactly_zero_and_nan_stays(seed: int, device: str)
     assert torch.isnan(spline_conv(d, x, y, torch.full_like(r, torch.nan), frozen, spline)).any()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("limit", [16, 512])
+@pytest.mark.parametrize("mul", [20, 128])
+def test_edges_beyond_the_cutoff_change_nothing(
+    seed: int, monkeypatch: pytest.MonkeyPatch, device: str, limit: int, mul: int
+) -> None:
+    """Those of a moving structure's list that are too long just now are left out, wherever they are in the list, and
+    have gradients of zero."""
+    d = mace_product(1, mul)
+    dtype, edges = torch.float64, 150
+    x, y, r, graph, frozen = problem(d, device, dtype, 7, edges)
+    far = torch.rand(edges, device=device) < 0.5
+    far[graph.order[64:100].long()] = True  # a tile without any other
+    lengths = torch.where(far, CUTOFF + torch.rand_like(r), r).detach().requires_grad_()
+    monkeypatch.setattr(sharing, "edge_limit", lambda groups, receivers, edges: limit)
+    spline = on_device(tabulate("f", functions(d.weight_numel, 1), CUTOFF, torch.float64), None, device, dtype)
+    z = spline_conv(d, x, y, lengths, frozen, spline)
+    g = torch.randn_like(z)
+    got = torch.autograd.grad(z, (x, y, lengths), g)
+
+    near = ~far
+    y_near, r_near = (t.detach()[near].requires_grad_() for t in (y, r))
+    few = edge_graph(graph.sender[near], graph.receiver[near], 7, 7)
+    lists = FrozenGraph(few.sender, few.receiver, few.order, few.row, few.sender_order, few.sender_row)
+    expected = spline_conv(d, x, y_near, r_near, lists, spline)
+    gradients = torch.autograd.grad(expected, (x, y_near, r_near), g)
+    assert_close(z, expected, terms=256)
+    assert_close(got[0], gradients[0], terms=256)
+    for of_all, of_near in zip(got[1:], gradients[1:], strict=True):
+        assert_close(of_all[near], of_near, terms=256)
+        assert torch.equal(of_all[far], torch.zeros_like(of_all[far]))
+    if device == "cpu" and limit == 512:  # a GPU shares receivers out by the length of the list
+        assert torch.equal(z, expected)
+
+
 def test_wrong_operands_are_named(seed: int) -> None:
     d = mace_product(0, 8)
     x, y, r, _, frozen = problem(d, "cpu", torch.float64, 4, 30)

@@ -168,8 +168,10 @@ class ChannelwisePlan:
         forms = segment.tile * segment.stride * (2 if self.role.dual else 1)
         gradients = self.warps * segment.tile * (self.y_dim + self.role.spline) if want_y else 0
         places = segment.tile if self.role.spline else 0
+        weighted = 16 if self.role.spline else 0
         rings = self.warps * self.ring_numbers(segment)
-        return ((rings + forms + gradients + places) * self.item_bytes + 3 * segment.tile * 4) * self.groups
+        numbers = rings + forms + gradients + places
+        return (numbers * self.item_bytes + 3 * segment.tile * 4 + weighted) * self.groups
 
     def ring_numbers(self, segment: SegmentPlan) -> int:
         """Numbers of a warp's ring, as the header's ``Ring`` lays it out."""

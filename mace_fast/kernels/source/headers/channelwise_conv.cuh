@@ -69,7 +69,7 @@ MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& i
                 }
             });
         },
-        [](int) {});
+        [](int) {}, [](unsigned) {});
 }
 
 // Sums COUNT values (a power of two) over the lanes of a warp by halving: each step exchanges half of what is left.
@@ -207,6 +207,22 @@ MF_INLINE void conv_backward(const Graph& graph, const Range& range, int first, 
                 for (int other = 0; other < S::WARPS; ++other)
                     sum += shared.dy[(other * S::TILE + slot) * S::OUT + j];
                 dy_part[index_t(shared.edge[slot]) * S::OUT + j] = sum;
+            }
+        },
+        [&](unsigned slots) {
+            if (WANT_Y && slots >> lane & 1) {
+                for (int j = 0; j < S::OUT; ++j) shared.dy[(warp * S::TILE + lane) * S::OUT + j] = T(0);
+            }
+            if (!WANT_X) return;
+            for (; slots; slots &= slots - 1) {
+                T* row = dx + (shared.edge[__ffs(slots) - 1] - first) * index_t(S::X_ROW) + u;
+                S::X::each([&](auto block) {
+                    typedef decltype(block) Block;
+                    if (Block::FRESH && (S::EXACT || u < Block::MUL)) {
+#pragma unroll
+                        for (int i = 0; i < Block::DIM; ++i) store(row + Block::offset(image) + i * Block::MUL, C());
+                    }
+                });
             }
         });
 }

@@ -87,17 +87,26 @@ template <class S, bool DUAL> struct Tile {
     T place[S::TILE];
     int count;
 
-    void couple(const Graph& graph, const Operands<T>& in, const T* y_tangent, const Spline<T>& spline,
-                index_t position, int edges) {
-        count = edges;
-        for (int t = 0; t < count; ++t) {
-            edge[t] = graph.edge(position + t);
-            sender[t] = graph.sender_of(edge[t]);
+    // Takes edges from `position` up to `end`, as many as there is room for, and returns where it stopped. Those whose length
+    // is where all splines are zero are not taken, but go to beyond(e).
+    template <class Beyond>
+    index_t couple(const Graph& graph, const Operands<T>& in, const T* y_tangent, const Spline<T>& spline,
+                   index_t position, index_t end, Beyond&& beyond) {
+        count = 0;
+        for (; position < end && count < S::TILE; ++position) {
+            const index_t e = graph.edge(position);
             if constexpr (S::ORDER > 0) {
-                const index_t first = spline.table ? spline.table[edge[t]] * (spline.intervals + 1) : 0;
-                const T position = spline.radius[edge[t]] * spline.per_length;
-                interval[t] = first + find_interval(position, spline.intervals, place[t]);
+                const index_t within =
+                    find_interval(spline.radius[e] * spline.per_length, spline.intervals, place[count]);
+                if (within == spline.intervals) {
+                    beyond(e);
+                    continue;
+                }
+                interval[count] = (spline.table ? spline.table[e] * (spline.intervals + 1) : 0) + within;
             }
+            edge[count] = e;
+            sender[count] = graph.sender_of(e);
+            ++count;
         }
         for (int part = 0; part < (DUAL ? 2 : 1); ++part) {
             const T* source = part ? y_tangent : in.y;
@@ -115,6 +124,7 @@ template <class S, bool DUAL> struct Tile {
                 });
             }
         }
+        return position;
     }
     template <class Path> MF_INLINE void read(int t, N (&m)[Path::FORMS]) const {
         for (int q = 0; q < Path::FORMS; ++q)
@@ -175,8 +185,8 @@ void conv_forward(const Graph& graph, const Operands<typename S::T>& in, const O
         T* row = z + n * z_row;
         for (index_t k = 0; k < z_row; ++k) row[k] = T(graph.poison);
         const index_t end = graph.begin(n + 1);
-        for (index_t position = graph.begin(n); position < end; position += S::TILE) {
-            tile.couple(graph, in, tangent.y, spline, position, int(end - position < S::TILE ? end - position : S::TILE));
+        for (index_t position = graph.begin(n); position < end;) {
+            position = tile.couple(graph, in, tangent.y, spline, position, end, [](index_t) {});
             S::Paths::each([&](auto path) {
                 typedef decltype(path) Path;
                 each_vector<T>(Path::MUL, [&](int u, auto lanes) {
@@ -217,13 +227,20 @@ void conv_backward(const Graph& graph, const Operands<typename S::T>& in, const 
         const index_t end = graph.begin(n + 1) < last ? graph.begin(n + 1) : last;
         constexpr bool SPLINE = S::ORDER > 0;
         V y_sum[WANT_Y ? S::TILE : 1][S::OUT];
-        for (index_t position = begin; position < end; position += S::TILE) {
-            tile.couple(graph, in, tangent.y, spline, position, int(end - position < S::TILE ? end - position : S::TILE));
+        const auto clear_x = [&](index_t e) {
+            if (WANT_X)
+                for (index_t i = 0; i < in.x_row; ++i) dx[(e - first) * in.x_row + i] = T(0);
+        };
+        for (index_t position = begin; position < end;) {
+            position = tile.couple(graph, in, tangent.y, spline, position, end, [&](index_t e) {
+                clear_x(e);
+                if (WANT_Y)
+                    for (int j = 0; j < S::OUT; ++j) dy[e * S::OUT + j] = T(0);
+            });
             for (int t = 0; t < tile.count; ++t) {
+                clear_x(tile.edge[t]);
                 if (WANT_Y)
                     for (int j = 0; j < S::OUT; ++j) y_sum[t][j] = V{};
-                if (WANT_X)
-                    for (index_t i = 0; i < in.x_row; ++i) dx[(tile.edge[t] - first) * in.x_row + i] = T(0);
             }
             S::Paths::each([&](auto path) {
                 typedef decltype(path) Path;

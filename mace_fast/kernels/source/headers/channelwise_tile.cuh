@@ -16,8 +16,10 @@ template <class S, bool DUAL> struct Shared {
     static constexpr int RINGS = S::WARPS * Ring<S, DUAL>::NUMBERS;
     T *rings, *forms, *dforms, *dy, *place;
     int *edge, *sender, *interval;
+    unsigned* weighted;  // with splines: a bit for each edge of the tile that is not beyond them
     MF_INLINE static constexpr int bytes(bool backward) {
-        return (RINGS + FORMS * (DUAL ? 2 : 1) + (backward ? DY : 0) + PLACES) * int(sizeof(T)) + 3 * S::TILE * 4;
+        return (RINGS + FORMS * (DUAL ? 2 : 1) + (backward ? DY : 0) + PLACES) * int(sizeof(T)) + 3 * S::TILE * 4 +
+               (S::ORDER ? 16 : 0);
     }
     MF_INLINE Shared(char* memory, bool backward) {
         rings = reinterpret_cast<T*>(memory);
@@ -28,6 +30,7 @@ template <class S, bool DUAL> struct Shared {
         edge = reinterpret_cast<int*>(place + PLACES);
         sender = edge + S::TILE;
         interval = sender + S::TILE;
+        weighted = reinterpret_cast<unsigned*>(interval + S::TILE);
     }
 };
 
@@ -36,7 +39,8 @@ template <class S> MF_INLINE void group_barrier() {
     else __syncthreads();
 }
 
-// The forms of `count` edges from `position` on: one lane per edge, the paths shared out among the warps.
+// The forms of `count` edges from `position` on: one lane per edge, the paths shared out among the warps. Edges whose length
+// is where all splines are zero have none.
 template <class S, bool DUAL>
 MF_INLINE void couple_tile(const Shared<S, DUAL>& shared, const Graph& graph, const Operands<typename S::T>& in,
                            const typename S::T* y_tangent, const Spline<typename S::T>& spline, index_t position,
@@ -45,17 +49,26 @@ MF_INLINE void couple_tile(const Shared<S, DUAL>& shared, const Graph& graph, co
     typedef typename Pack<T>::type P;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     group_barrier<S>();
+    bool weighted = lane < count;
+    index_t e = 0;
     if (lane < count) {
-        const index_t e = graph.edge(position + lane);
+        e = graph.edge(position + lane);
         if (warp == 0) {
             shared.edge[lane] = int(e);
             shared.sender[lane] = int(graph.sender_of(e));
-            if constexpr (S::ORDER > 0) {
+        }
+        if constexpr (S::ORDER > 0) {
+            T place;
+            const index_t interval = find_interval(spline.radius[e] * spline.per_length, spline.intervals, place);
+            weighted = interval < spline.intervals;
+            if (warp == 0) {
                 const index_t first = spline.table ? spline.table[e] * (spline.intervals + 1) : 0;
-                const T position = spline.radius[e] * spline.per_length;
-                shared.interval[lane] = int(first + find_interval(position, spline.intervals, shared.place[lane]));
+                shared.interval[lane] = int(first + interval);
+                shared.place[lane] = place;
             }
         }
+    }
+    if (weighted) {
 #pragma unroll
         for (int part = 0; part < (DUAL ? 2 : 1); ++part) {
             const T* source = part ? y_tangent : in.y;
@@ -76,6 +89,10 @@ MF_INLINE void couple_tile(const Shared<S, DUAL>& shared, const Graph& graph, co
                 }
             });
         }
+    }
+    if constexpr (S::ORDER > 0) {
+        const unsigned all = __ballot_sync(0xffffffffu, weighted);
+        if (threadIdx.x == 0) *shared.weighted = all;
     }
     group_barrier<S>();
 }

@@ -44,15 +44,20 @@ template <class S> MF_INLINE int channel_block() {
     return S::CHANNEL_BLOCKS == 1 ? 0 : int(blockIdx.y) % S::CHANNEL_BLOCKS;
 }
 
+// One bit for each of the first `count` slots of a tile.
+MF_INLINE unsigned first_slots(int count) { return count < 32 ? (1u << count) - 1 : 0xffffffffu; }
+
 // Walks the edges of this group that are in `range`: start(n), edge(slot, operands) for each edge, finish(n, partial), and
-// after each tile flush(count). `partial` is negative where this is the first part of n's first edges, and numbers all other
-// groups, of which those without edges do nothing: overflow.cuh counts in the same way. Operands of the next edge are
-// loaded before the current one is worked on.
-template <class S, bool DUAL, bool SLOPE, class Range, class Start, class Edge, class Finish, class Flush>
+// after each tile flush(count). Edges beyond the splines, of which the list of a moving structure has many, go to
+// beyond(slots), a bit each, when their tile begins, and nowhere else. `partial` is negative where this is the first part of
+// n's first edges, and numbers all other groups, of which those without edges do nothing: overflow.cuh counts in the same
+// way. Operands of the next edge are loaded before the current one is worked on.
+template <class S, bool DUAL, bool SLOPE, class Range, class Start, class Edge, class Finish, class Flush,
+          class Beyond>
 MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Range& range,
                     const Operands<typename S::T>& in, const Operands<typename S::T>& tangent,
                     const Spline<typename S::T>& spline, int u, int image, Start start, Edge edge, Finish finish,
-                    Flush flush) {
+                    Flush flush, Beyond beyond) {
     const int item = int(blockIdx.x * blockDim.y + threadIdx.y), part = part_of<S>();
     const int partial = part * int(gridDim.x * blockDim.y) + item - int(graph.groups);
     const bool stretch = partial >= 0 || graph.parts > 1;  // of one receiver's edges, rather than a run of receivers
@@ -116,12 +121,21 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ran
                     }
                     next_ids = read_ids<S>(graph, tile_end, end);
                 }
-                couple_tile<S, DUAL>(shared, graph, in, tangent.y, spline, position, int(tile_end - tile_begin));
-                if (S::PREFETCH) current.load_all(in, tangent, spline, shared, 0, u, image);
+                const int count = int(tile_end - tile_begin);
+                couple_tile<S, DUAL>(shared, graph, in, tangent.y, spline, position, count);
+                if constexpr (S::ORDER > 0) {
+                    const unsigned weighted = *shared.weighted;
+                    beyond(first_slots(count) & ~weighted);
+                    if (S::PREFETCH && weighted)
+                        current.load_all(in, tangent, spline, shared, __ffs(weighted) - 1, u, image);
+                } else if (S::PREFETCH) {
+                    current.load_all(in, tangent, spline, shared, 0, u, image);
+                }
             }
             const index_t tile_stop = stop < tile_end ? stop : tile_end;
             for (; position < tile_stop; ++position) {
                 const int slot = int(position - tile_begin);
+                if (S::ORDER > 0 && !(*shared.weighted >> slot & 1)) continue;
                 if constexpr (S::RING > 0) {
                     await_copies<S::RING - 2>();
                     __syncwarp();  // all lanes' copies are there, and all lanes are done with the slot before this one
@@ -135,7 +149,12 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ran
                 } else if (!S::PREFETCH) {
                     current.load_all(in, tangent, spline, shared, slot, u, image);
                 }
-                if (S::PREFETCH && position + 1 < tile_end) next.load_all(in, tangent, spline, shared, slot + 1, u, image);
+                if constexpr (S::PREFETCH && S::ORDER > 0) {
+                    const unsigned later = *shared.weighted >> slot >> 1;
+                    if (later) next.load_all(in, tangent, spline, shared, slot + __ffs(later), u, image);
+                } else if (S::PREFETCH && position + 1 < tile_end) {
+                    next.load_all(in, tangent, spline, shared, slot + 1, u, image);
+                }
                 edge(slot, current);
                 if (S::PREFETCH) current = next;
             }
