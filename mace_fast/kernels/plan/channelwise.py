@@ -284,11 +284,7 @@ def _preferred(role: Role, item_bytes: int) -> tuple[Preference, ...]:
     """
     ahead, most = Schedule(2, 80, True), THREAD_REGISTERS
     if item_bytes == 8:
-        if role.backward and role.spline:
-            return (Preference(Schedule(2, 80, False), 210),)
-        if role.backward:
-            return (Preference(Schedule(1, 80, True), most),)
-        return (Preference(Schedule(2, 80, False), 130),)
+        return _preferred_double(role)
     if role.spline and role.backward:
         return (Preference(Schedule(4, 120, False), most), Preference(Schedule(2, 80, False), 210))
     if role.spline:
@@ -324,6 +320,46 @@ def _preferred(role: Role, item_bytes: int) -> tuple[Preference, ...]:
         Preference(Schedule(2, 80, False, 4), 150),
         Preference(Schedule(1, 80, False, 3), 140),
         Preference(Schedule(2, 54, False), 130),
+    )
+
+
+def _preferred_double(role: Role) -> tuple[Preference, ...]:
+    """The same in float64, where a number takes two registers: segments are one channel wide, and as few as fit.
+
+    Read off benchmarks/results/h100-tune-float64.json. Segments of 110 registers hold all paths of one block of x at
+    l = 3, so that none has to add to what another wrote. Compilers need fewer registers for tangents than is estimated.
+    """
+    whole = Schedule(1, 110, False)
+    if role.backward and role.spline:
+        return (Preference(Schedule(2, 80, False), 210),)
+    if role.spline:
+        return (Preference(Schedule(2, 80, False), 130),)
+    if role.backward and role.dual:
+        return (
+            Preference(Schedule(2, 80, False, 3), 220, segments=1),
+            Preference(Schedule(1, 80, False), 256),
+            Preference(Schedule(1, 54, False, 3), 210),
+            Preference(Schedule(1, 54, False), 210),
+            Preference(whole, 300),
+        )
+    if role.backward:
+        return (
+            Preference(Schedule(1, 80, False, 3), 190),
+            Preference(Schedule(1, 80, True), THREAD_REGISTERS),
+            Preference(whole, THREAD_REGISTERS),
+        )
+    if role.dual:
+        return (
+            Preference(Schedule(2, 80, False, 3), 210, segments=1),
+            Preference(Schedule(1, 80, False), 256),
+            Preference(Schedule(1, 54, False), 210),
+            Preference(whole, 330),
+        )
+    return (
+        Preference(Schedule(2, 80, False), 130),
+        Preference(Schedule(1, 80, False, 3), 150),
+        Preference(Schedule(1, 80, False), 150),
+        Preference(whole, THREAD_REGISTERS),
     )
 
 
