@@ -8,6 +8,10 @@ from typing import Any
 
 # e3nn 0.4 reads its constants with torch.load; torch 2.6 and later need this before its first import.
 os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+# Workers of pytest-xdist share the cores; left to themselves, each of them would start a thread for every core.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    cores = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
 
 import numpy as np
 import pytest
