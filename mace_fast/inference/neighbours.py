@@ -52,6 +52,8 @@ class NeighbourSearch:
       0.6 missed pairs in triclinic and partly periodic cells, so the first list of each kind of cell is compared with
       the CPU's.
     - ``"nvalchemi"``: nvalchemi-toolkit-ops (``pip install nvalchemi-toolkit-ops``), which brings warp-lang, 150 MB.
+      The better choice beyond some thousand atoms: diamond at 6 A on an H100, 64 / 1000 / 21952 atoms take
+      3.2 / 4.4 / 6.6 ms against vesin's 1.8 / 2.4 / 23 ms.
     - ``"vesin-upload"``: the CPU's list, copied to the GPU.
 
     Args:
