@@ -85,7 +85,11 @@ def test_cutoffs_take_turns(rng: np.random.Generator) -> None:
 
 def test_batches_are_structures_side_by_side(rng: np.random.Generator) -> None:
     model, search = build(), NeighbourSearch("cpu")
-    structures = [crystal(rng), Atoms("H"), Atoms("CO", positions=[[0, 0, 0], [0, 0, 1.1]]), crystal(rng)]
+    clusters = [
+        Atoms(f"H{n}", positions=rng.normal(scale=2.0, size=(n, 3)) + [rng.normal(scale=50), 0, 0]) for n in (1, 4, 9)
+    ]
+    structures = [crystal(rng), Atoms("H"), *clusters, Atoms("CO", positions=[[0, 0, 0], [0, 0, 1.1]]), crystal(rng)]
+    structures = [structures[number] for number in rng.permutation(len(structures))]
     found = as_set(search.batch(as_structures(structures, model), CUTOFF))
     expected, first = set(), 0
     for atoms in structures:

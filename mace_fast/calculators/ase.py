@@ -17,14 +17,13 @@ from mace.modules import MACE
 
 from mace_fast.calculators.batches import evaluate_batch, pack
 from mace_fast.calculators.derived import descriptors, fresh, hessian
-from mace_fast.calculators.graph import GraphBuilder
+from mace_fast.calculators.graph import GraphBuilder, take
 from mace_fast.calculators.models import Verify, choose_head, prepared_models, require_one_committee
-from mace_fast.calculators.results import ase_results, require_finite, total_energy
+from mace_fast.calculators.results import ase_results, find_not_finite, not_finite, total_energies
 from mace_fast.calculators.snapshot import Snapshot, changes_since
 from mace_fast.calculators.wanted import Wanted
 from mace_fast.errors import StructureError
-from mace_fast.inference import FrozenMACE, Stepper, Structures
-from mace_fast.inference.arrays import fingerprint
+from mace_fast.inference import FrozenMACE, Stepper
 from mace_fast.inference.stepper import DEFAULT_SKIN
 from mace_fast.loading import model_dtype, resolve_device, resolve_dtype
 
@@ -210,7 +209,7 @@ class MACEFastCalculator(Calculator):
         self.results: dict[str, Any] = {}
         self._asked: frozenset[str] = frozenset()
         self._asked_before: frozenset[str] = frozenset()
-        self._isolated: tuple[tuple[object, ...], np.ndarray] | None = None
+        self._isolated: np.ndarray | None = None
 
     @property
     def atoms(self) -> Atoms | None:
@@ -305,23 +304,21 @@ class MACEFastCalculator(Calculator):
             # Its lists and graphs are not those of dynamics.
             self._batches = self.stepper.like(skin=0.0, varied=True)
         limit = atoms_per_batch or _ATOMS_PER_BATCH.get(self.device.type, 2048)
-        read = [self._read(number, atoms) for number, atoms in enumerate(given)]
         results: list[dict[str, Any]] = [{}] * len(given)
-        for chosen in pack([len(atoms) for atoms in given], limit):
-            parts = evaluate_batch(self._batches, [read[number] for number in chosen], wanted.forces, wanted.stress)
-            for number, found in zip(chosen, parts, strict=True):
-                outputs = self._together(found, wanted)
-                try:
-                    results[number] = self._results(outputs, given[number])
-                except StructureError as exc:
-                    raise StructureError(f"structure {number}: {exc}") from exc
+        if not given:
+            return results
+        everything = self._build_graph.read_all(given)
+        for chosen in pack(np.diff(everything.ptr).tolist(), limit):
+            batch = take(everything, np.array(chosen))
+            found = evaluate_batch(self._batches, batch, wanted.forces, wanted.stress)
+            outputs = self._together(found, wanted, batch.ptr)
+            bad = find_not_finite(outputs, batch.ptr)
+            if bad is not None:
+                number, name = chosen[bad[0]], bad[1]
+                raise StructureError(f"structure {number}: {not_finite(name, given[number])}")
+            for number, result in zip(chosen, self._in_units(outputs, batch.species, batch.ptr), strict=True):
+                results[number] = result
         return results
-
-    def _read(self, number: int, atoms: Atoms) -> Structures:
-        try:
-            return self._build_graph.read(atoms)
-        except StructureError as exc:
-            raise StructureError(f"structure {number}: {exc}") from exc
 
     def get_hessian(self, atoms: Atoms | None = None) -> np.ndarray | list[np.ndarray]:
         """Second derivatives of the energy, [3N, N, 3] in the model's units; a list of them for a
@@ -354,7 +351,7 @@ class MACEFastCalculator(Calculator):
         if self.stepper is None or wanted.atomic_stresses:
             return self._evaluate_graph(atoms, wanted)
         found = self.stepper(self._build_graph.read(atoms), forces=wanted.forces, stress=wanted.stress)
-        return self._together(found, wanted)
+        return self._together(found, wanted, _one(atoms))
 
     def _evaluate_graph(self, atoms: Atoms, wanted: Wanted) -> dict[str, np.ndarray]:
         """By the models' own forward, with a neighbour list of this step."""
@@ -371,10 +368,12 @@ class MACEFastCalculator(Calculator):
                 )
             tensors = {name: out[name] for name in ("energy", *wanted.names)}
             found.append({name: value.detach().cpu().numpy().astype(np.float64) for name, value in tensors.items()})
-        return self._together(found, wanted)
+        return self._together(found, wanted, _one(atoms))
 
-    def _together(self, found: Sequence[Mapping[str, np.ndarray]], wanted: Wanted) -> dict[str, np.ndarray]:
-        """One structure's outputs of the models, stacked; views where there is one model."""
+    def _together(
+        self, found: Sequence[Mapping[str, np.ndarray]], wanted: Wanted, ptr: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """A batch's outputs of the models, stacked; views where there is one model."""
         names = wanted.names
         if len(found) == 1:
             outputs = {name: found[0][name][None] for name in names}
@@ -382,28 +381,32 @@ class MACEFastCalculator(Calculator):
             outputs = {name: np.stack([each[name] for each in found]) for name in names}
         outputs["energy"] = np.array(
             [
-                total_energy(model, each["energy"], each["node_energy"])
+                total_energies(model, each["energy"], each["node_energy"], ptr)
                 for model, each in zip(self.models, found, strict=True)
             ]
         )
-        if wanted.stress:
-            outputs["stress"] = outputs["stress"][:, 0]  # the only structure
         return outputs
 
-    def _isolated_energies(self, numbers: np.ndarray) -> np.ndarray:
-        """[N] the first model's energies of the isolated atoms, which ``node_energy`` leaves out."""
-        key = fingerprint(numbers)
-        if self._isolated is None or self._isolated[0] != key:
-            index = self._build_graph.species_index(numbers)
-            table = self.models[0].atomic_energies_fn.atomic_energies.detach().cpu().double().numpy()
-            self._isolated = (key, np.atleast_2d(table)[self._build_graph.head, index])
-        return self._isolated[1]
-
     def _results(self, outputs: Mapping[str, np.ndarray], atoms: Atoms) -> dict[str, Any]:
-        require_finite(outputs, atoms)
-        return ase_results(
-            outputs, self._isolated_energies(atoms.numbers), self.energy_units_to_eV, self.length_units_to_A
-        )
+        ptr = _one(atoms)
+        bad = find_not_finite(outputs, ptr)
+        if bad is not None:
+            raise StructureError(not_finite(bad[1], atoms))
+        return self._in_units(outputs, self._build_graph.species(atoms.numbers), ptr)[0]
+
+    def _in_units(
+        self, outputs: Mapping[str, np.ndarray], species: np.ndarray, ptr: np.ndarray
+    ) -> list[dict[str, Any]]:
+        if self._isolated is None:
+            table = self.models[0].atomic_energies_fn.atomic_energies.detach().cpu().double().numpy()
+            self._isolated = np.atleast_2d(table)[self._build_graph.head]
+        # node_energy leaves out the first model's energies of the isolated atoms.
+        return ase_results(outputs, self._isolated[species], ptr, self.energy_units_to_eV, self.length_units_to_A)
+
+
+def _one(atoms: Atoms) -> np.ndarray:
+    """Where the atoms of the only structure of a batch begin and end."""
+    return np.array([0, len(atoms)])
 
 
 def _warn_of_other_accelerators(**settings: Any) -> None:

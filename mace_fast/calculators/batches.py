@@ -8,12 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mace_fast.calculators.graph import join
+from mace_fast.calculators.graph import take
 from mace_fast.inference import Stepper, Structures
 
 logger = logging.getLogger(__name__)
-
-_OF_ATOMS = frozenset({"node_energy", "forces"})
 
 
 def pack(sizes: Sequence[int], limit: int) -> list[list[int]]:
@@ -35,37 +33,24 @@ def pack(sizes: Sequence[int], limit: int) -> list[list[int]]:
     return batches
 
 
-def evaluate_batch(
-    stepper: Stepper, structures: Sequence[Structures], forces: bool, stress: bool
-) -> list[list[dict[str, np.ndarray]]]:
-    """For each structure, for each model, the outputs of that structure alone.
+def evaluate_batch(stepper: Stepper, structures: Structures, forces: bool, stress: bool) -> list[dict[str, np.ndarray]]:
+    """For each model its outputs for a batch; see :class:`Stepper`.
 
     Raises:
         torch.cuda.OutOfMemoryError: of a structure that does not fit by itself.
     """
-    together = join(structures)
+    count = len(structures.cells)
     try:
-        found = stepper(together, forces=forces, stress=stress)
+        return stepper(structures, forces=forces, stress=stress)
     except torch.cuda.OutOfMemoryError:
-        if len(structures) == 1:
+        if count == 1:
             raise
-        half = len(structures) // 2
-        logger.warning("no memory for %d structures at once; trying halves", len(structures))
-    else:
-        return [
-            [
-                {
-                    name: value[together.ptr[number] : together.ptr[number + 1]]
-                    if name in _OF_ATOMS
-                    else value[number : number + 1]
-                    for name, value in of_model.items()
-                }
-                for of_model in found
-            ]
-            for number in range(len(structures))
-        ]
+    logger.warning("no memory for %d structures at once; trying halves", count)
+    halves = [
+        evaluate_batch(stepper, take(structures, np.arange(*limits)), forces, stress)
+        for limits in ((0, count // 2), (count // 2, count))
+    ]
     return [
-        part
-        for some in (structures[:half], structures[half:])
-        for part in evaluate_batch(stepper, some, forces, stress)
+        {name: np.concatenate([first[name], second[name]]) for name in first}
+        for first, second in zip(*halves, strict=True)
     ]

@@ -91,9 +91,45 @@ class GraphBuilder:
             positions=positions,
             cells=cell[None],
             pbc=pbc[None],
-            species=self._species(atoms.numbers),
+            species=self.species(atoms.numbers),
             ptr=np.array([0, len(positions)]),
             features=self._features(atoms),
+            head=self.head,
+        )
+
+    def read_all(self, structures: Sequence[Atoms]) -> Structures:
+        """Several structures, at least one, as one batch; checking them together takes a fraction of the time.
+
+        Raises:
+            StructureError: as :meth:`read`, with the number of the structure, from 0.
+        """
+        try:
+            return self._read_together(structures)
+        except StructureError:
+            for number, atoms in enumerate(structures):
+                try:
+                    self.read(atoms)
+                except StructureError as exc:
+                    raise StructureError(f"structure {number}: {exc}") from exc
+            raise
+
+    def _read_together(self, structures: Sequence[Atoms]) -> Structures:
+        sizes = [len(atoms) for atoms in structures]
+        if not all(sizes):
+            raise StructureError("a structure has no atoms")
+        positions = np.concatenate([atoms.positions for atoms in structures], dtype=np.float64)
+        cells = np.array([atoms.cell.array for atoms in structures], dtype=np.float64)
+        pbc = np.array([atoms.pbc for atoms in structures])
+        check_positions(positions)
+        check_cells(cells, pbc)
+        features = [self._features(atoms) for atoms in structures] if self.feature_specs else [{}]
+        return Structures(
+            positions=positions,
+            cells=cells,
+            pbc=pbc,
+            species=self.species_index(np.concatenate([atoms.numbers for atoms in structures])),
+            ptr=np.concatenate([[0], np.cumsum(sizes)]),
+            features={name: np.concatenate([each[name] for each in features]) for name in features[0]},
             head=self.head,
         )
 
@@ -129,7 +165,7 @@ class GraphBuilder:
         Raises:
             StructureError: names the elements that the model does not know, and those that it does.
         """
-        lookup = np.full(max(*self.atomic_numbers, *numbers.tolist()) + 1, -1)
+        lookup = np.full(max(*self.atomic_numbers, int(numbers.max(initial=0))) + 1, -1)
         lookup[list(self.atomic_numbers)] = np.arange(len(self.atomic_numbers))
         index = lookup[numbers]
         if (index < 0).any():
@@ -138,7 +174,8 @@ class GraphBuilder:
             raise StructureError(f"the model does not know {unknown}; it was trained on {known}")
         return index
 
-    def _species(self, numbers: np.ndarray) -> np.ndarray:
+    def species(self, numbers: np.ndarray) -> np.ndarray:
+        """:meth:`species_index`, remembered for the last numbers."""
         key = fingerprint(numbers)
         if self._index is None or self._numbers != key:
             self._index, self._numbers = self.species_index(numbers), key
@@ -167,25 +204,21 @@ class GraphBuilder:
             self._cell = key
 
 
-def join(structures: Sequence[Structures]) -> Structures:
-    """Several structures as one batch; they must be of one head.
-
-    Raises:
-        ValueError: no structures, or of several heads.
-    """
-    if len({each.head for each in structures}) != 1:
-        raise ValueError("a batch needs at least one structure, and one head for all")
-    sizes = [len(each.species) for each in structures]
+def take(structures: Structures, chosen: np.ndarray) -> Structures:
+    """Some structures of a batch, by their numbers, in this order."""
+    begin, sizes = structures.ptr[chosen], np.diff(structures.ptr)[chosen]
+    ptr = np.concatenate([[0], np.cumsum(sizes)])
+    atoms = np.repeat(begin - ptr[:-1], sizes) + np.arange(ptr[-1])
+    # Features of atoms have as many rows as there are atoms; where structures are as many, each is an atom.
+    rows = {len(structures.cells): chosen, len(structures.species): atoms}
     return Structures(
-        positions=np.concatenate([each.positions for each in structures]),
-        cells=np.concatenate([each.cells for each in structures]),
-        pbc=np.concatenate([each.pbc for each in structures]),
-        species=np.concatenate([each.species for each in structures]),
-        ptr=np.concatenate([[0], np.cumsum(sizes)]),
-        features={
-            name: np.concatenate([each.features[name] for each in structures]) for name in structures[0].features
-        },
-        head=structures[0].head,
+        positions=structures.positions[atoms],
+        cells=structures.cells[chosen],
+        pbc=structures.pbc[chosen],
+        species=structures.species[atoms],
+        ptr=ptr,
+        features={name: values[rows[len(values)]] for name, values in structures.features.items()},
+        head=structures.head,
     )
 
 
@@ -200,14 +233,24 @@ def check_positions(positions: np.ndarray) -> None:
 
 def check_cell(cell: np.ndarray, pbc: np.ndarray) -> None:
     """Refuse a cell that is not finite, or without extent along its periodic directions."""
-    if not np.isfinite(cell).all():
-        raise StructureError(f"the cell is not finite: {cell.tolist()}")
-    periodic = cell[pbc]
-    # The extent that the periodic vectors span: length, area or volume against that of a right-angled cell.
-    lengths = np.linalg.norm(periodic, axis=1)
-    extent = np.sqrt(max(np.linalg.det(periodic @ periodic.T), 0.0)) if len(periodic) else 1.0
-    if len(periodic) and (lengths.min() == 0 or extent < 1e-6 * np.prod(lengths)):
+    check_cells(cell[None], pbc[None])
+
+
+def check_cells(cells: np.ndarray, pbc: np.ndarray) -> None:
+    """:func:`check_cell` of several, [G, 3, 3] and [G, 3]."""
+    finite = np.isfinite(cells).all(axis=(1, 2))
+    if not finite.all():
+        raise StructureError(f"the cell is not finite: {cells[np.argmin(finite)].tolist()}")
+    # The extent that the periodic vectors span: length, area or volume against that of a right-angled cell. In their
+    # Gram matrix the other vectors stand as perpendicular ones of length 1.
+    periodic = np.where(pbc[:, :, None], cells, 0.0)
+    gram = periodic @ periodic.swapaxes(1, 2) + np.where(pbc, 0.0, 1.0)[:, :, None] * np.identity(3)
+    lengths = np.where(pbc, np.linalg.norm(periodic, axis=2), 1.0)
+    extent = np.sqrt(np.maximum(np.linalg.det(gram), 0.0))
+    flat = (lengths.min(axis=1) == 0) | (extent < 1e-6 * np.prod(lengths, axis=1))
+    if flat.any():
+        number = int(np.argmax(flat))
         raise StructureError(
-            f"pbc={pbc.tolist()} with the cell {cell.tolist()}: the periodic vectors span nothing; "
+            f"pbc={pbc[number].tolist()} with the cell {cells[number].tolist()}: the periodic vectors span nothing; "
             "set a cell or pbc=False"
         )

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from mace_fast.calculators.ase import MACEFastCalculator
-from mace_fast.calculators.graph import FEATURE_DEFAULTS, check_cell, check_positions
-from mace_fast.calculators.results import total_energy
+from mace_fast.calculators.graph import FEATURE_DEFAULTS, check_cell, check_cells, check_positions
+from mace_fast.calculators.results import total_energies
 from mace_fast.calculators.screening import Model
 from mace_fast.errors import MissingToolError, StructureError, UnsupportedModuleError
 from mace_fast.inference import Structures
@@ -111,20 +111,17 @@ class MACEFastModel(_ModelInterface):
         positions = _field(state, "positions")
         calculator = self._calculator
         unit, length = calculator.energy_units_to_eV, calculator.length_units_to_A
-        found = self._stepper(self._read(state), forces=self._compute_forces, stress=self._compute_stress)
-        batch = _numpy(_field(state, "system_idx"), np.int64)
+        structures = self._read(state)
+        found = self._stepper(structures, forces=self._compute_forces, stress=self._compute_stress)
 
         def mean(values: list[np.ndarray], factor: float) -> Tensor:
             array = np.mean(values, axis=0) * factor
             return torch.from_numpy(array).to(positions.device, positions.dtype)
 
-        energies = []
-        for model, each in zip(calculator.models, found, strict=True):
-            count = len(each["energy"])
-            per_atom = np.split(each["node_energy"], np.cumsum(np.bincount(batch, minlength=count))[:-1])
-            energies.append(
-                np.array([total_energy(model, each["energy"][n : n + 1], per_atom[n]) for n in range(count)])
-            )
+        energies = [
+            np.array(total_energies(model, each["energy"], each["node_energy"], structures.ptr))
+            for model, each in zip(calculator.models, found, strict=True)
+        ]
         results = {"energy": mean(energies, unit)}
         if self._compute_forces:
             results["forces"] = mean([each["forces"] for each in found], unit / length)
@@ -141,12 +138,7 @@ class MACEFastModel(_ModelInterface):
             raise ValueError("the atoms of a system must follow one another: system_idx is not sorted")
         periodic = np.broadcast_to(_numpy(_field(state, "pbc"), np.bool_), (len(cells), 3))
         ptr = np.concatenate([[0], np.cumsum(np.bincount(batch, minlength=len(cells)))])
-        for number, (cell, pbc) in enumerate(zip(cells, periodic, strict=True)):
-            try:
-                check_positions(positions[ptr[number] : ptr[number + 1]])
-                check_cell(cell, pbc)
-            except StructureError as exc:
-                raise StructureError(f"system {number}: {exc}") from exc
+        _check(positions, cells, periodic, ptr)
         builder = self._calculator._build_graph
         return Structures(
             positions=positions,
@@ -157,6 +149,23 @@ class MACEFastModel(_ModelInterface):
             features={name: _feature(state, name, spec, len(cells)) for name, spec in builder.feature_specs.items()},
             head=builder.head,
         )
+
+
+def _check(positions: np.ndarray, cells: np.ndarray, periodic: np.ndarray, ptr: np.ndarray) -> None:
+    """All systems at once; one by one where something is wrong, to say with which."""
+    try:
+        check_positions(positions)
+        check_cells(cells, periodic)
+        if np.diff(ptr).all():
+            return
+    except StructureError:
+        pass
+    for number, (cell, pbc) in enumerate(zip(cells, periodic, strict=True)):
+        try:
+            check_positions(positions[ptr[number] : ptr[number + 1]])
+            check_cell(cell, pbc)
+        except StructureError as exc:
+            raise StructureError(f"system {number}: {exc}") from exc
 
 
 def _field(state: Any, name: str) -> Any:

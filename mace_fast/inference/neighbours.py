@@ -100,22 +100,42 @@ class NeighbourSearch:
         return self._find(self.method, positions, cell, pbc, cutoff)
 
     def batch(self, structures: Structures, cutoff: float) -> Neighbours:
-        """The pairs of several structures, atoms counted through. Small structures are searched on the CPU: a search on
-        a GPU waits for it several times.
+        """The pairs of several structures, atoms counted through.
+
+        Small structures are searched on the CPU, since a search on a GPU waits for it several times; those of them that
+        are not periodic all at once, a search being mostly what it takes to begin one.
         """
-        parts = np.split(structures.positions, structures.ptr[1:-1])
-        small = len(parts) > 1 and max(map(len, parts)) <= _SMALL
-        find = self._find_on_host if small else self
-        found = [find(*each, cutoff) for each in zip(parts, structures.cells, structures.pbc, strict=True)]
-        if len(found) == 1:
-            return found[0]
-        index = [each.edge_index + int(first) for each, first in zip(found, structures.ptr[:-1], strict=True)]
-        return Neighbours(
-            torch.cat(index, dim=1).to(self.device), torch.cat([each.shifts for each in found]).to(self.device)
-        )
+        sizes = np.diff(structures.ptr)
+        if len(sizes) == 1:
+            return self(structures.positions, structures.cells[0], structures.pbc[0], cutoff)
+        small = bool(sizes.max() <= _SMALL)
+        apart = np.logical_and(small, ~structures.pbc.any(axis=1))
+        found = []
+        for number in np.flatnonzero(~apart).tolist():
+            first, end = structures.ptr[number : number + 2].tolist()
+            one = (structures.positions[first:end], structures.cells[number], structures.pbc[number], cutoff)
+            near = self._find_on_host(*one) if small else self(*one)
+            found.append(near._replace(edge_index=near.edge_index + first))
+        if apart.any():
+            found.append(self._find_apart(structures, apart, cutoff))
+        index, shifts = (torch.cat([each[k] for each in found], dim=1 - k).to(self.device) for k in (0, 1))
+        return Neighbours(index, shifts)
 
     def _find_on_host(self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float) -> Neighbours:
         return self._vesin_cpu(positions, _periodic_box(cell, pbc), pbc, cutoff)
+
+    def _find_apart(self, structures: Structures, chosen: np.ndarray, cutoff: float) -> Neighbours:
+        """The pairs of the chosen structures, none of them periodic, by one search: they are put in a row, further than
+        the cutoff from one another."""
+        atoms = np.flatnonzero(chosen[structures.batch])
+        sizes = np.diff(structures.ptr)[chosen]
+        positions = structures.positions[atoms]
+        begin = np.cumsum(sizes) - sizes
+        low, high = (least.reduceat(positions[:, 0], begin) for least in (np.minimum, np.maximum))
+        room = high - low + 2 * cutoff
+        positions[:, 0] += np.repeat(np.cumsum(room) - room - low, sizes)
+        found = self._find_on_host(positions, np.zeros((3, 3)), np.zeros(3, dtype=bool), cutoff)
+        return found._replace(edge_index=torch.from_numpy(atoms)[found.edge_index])
 
     def _first(self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float) -> Neighbours:
         """Decide on a method for this GPU by trying: vesin finds out at the first search whether it can compile."""
