@@ -61,9 +61,8 @@ def schedules(
             layout = plan(d, item_bytes, variant.role, schedule)
         except ValueError:
             continue
-        if layout.most_registers <= (
-            300 if variant.dual else 250
-        ):  # compilers need less for tangents than is estimated
+        # Compilers need fewer for tangents than is estimated.
+        if layout.most_registers <= (300 if variant.dual else 250):
             found.setdefault((vector, prefetch, ring, layout.segments), schedule)
     return list(found.values())
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,32 +104,22 @@ class GraphBuilder:
         Raises:
             StructureError: as :meth:`read`, with the number of the structure, from 0.
         """
-        try:
+        with naming("structure", len(structures), lambda number: self.read(structures[number])):
             return self._read_together(structures)
-        except StructureError:
-            for number, atoms in enumerate(structures):
-                try:
-                    self.read(atoms)
-                except StructureError as exc:
-                    raise StructureError(f"structure {number}: {exc}") from exc
-            raise
 
     def _read_together(self, structures: Sequence[Atoms]) -> Structures:
-        sizes = [len(atoms) for atoms in structures]
-        if not all(sizes):
-            raise StructureError("a structure has no atoms")
+        ptr = np.concatenate([[0], np.cumsum([len(atoms) for atoms in structures])])
         positions = np.concatenate([atoms.positions for atoms in structures], dtype=np.float64)
         cells = np.array([atoms.cell.array for atoms in structures], dtype=np.float64)
         pbc = np.array([atoms.pbc for atoms in structures])
-        check_positions(positions)
-        check_cells(cells, pbc)
+        check_structures(positions, cells, pbc, ptr)
         features = [self._features(atoms) for atoms in structures] if self.feature_specs else [{}]
         return Structures(
             positions=positions,
             cells=cells,
             pbc=pbc,
             species=self.species_index(np.concatenate([atoms.numbers for atoms in structures])),
-            ptr=np.concatenate([[0], np.cumsum(sizes)]),
+            ptr=ptr,
             features={name: np.concatenate([each[name] for each in features]) for name in features[0]},
             head=self.head,
         )
@@ -200,7 +191,7 @@ class GraphBuilder:
         check_positions(positions)
         key = fingerprint(cell, pbc)
         if self._cell != key:
-            check_cell(cell, pbc)
+            check_cells(cell[None], pbc[None])
             self._cell = key
 
 
@@ -222,6 +213,29 @@ def take(structures: Structures, chosen: np.ndarray) -> Structures:
     )
 
 
+@contextmanager
+def naming(kind: str, count: int, check: Callable[[int], object]) -> Iterator[None]:
+    """Around a check of several structures at once: its error is raised with the number of the first that fails
+    ``check`` by itself."""
+    try:
+        yield
+    except StructureError:
+        for number in range(count):
+            try:
+                check(number)
+            except StructureError as exc:
+                raise StructureError(f"{kind} {number}: {exc}") from exc
+        raise
+
+
+def check_structures(positions: np.ndarray, cells: np.ndarray, pbc: np.ndarray, ptr: np.ndarray) -> None:
+    """Refuse a batch with a structure that :func:`check_positions` or :func:`check_cells` refuses."""
+    if not np.diff(ptr).all():
+        raise StructureError("a structure has no atoms")
+    check_positions(positions)
+    check_cells(cells, pbc)
+
+
 def check_positions(positions: np.ndarray) -> None:
     """Refuse a structure without atoms, or with positions that are not finite."""
     if len(positions) == 0:
@@ -231,13 +245,8 @@ def check_positions(positions: np.ndarray) -> None:
         raise StructureError(f"the position of atom {atom} is not a finite number: {positions[atom]}")
 
 
-def check_cell(cell: np.ndarray, pbc: np.ndarray) -> None:
-    """Refuse a cell that is not finite, or without extent along its periodic directions."""
-    check_cells(cell[None], pbc[None])
-
-
 def check_cells(cells: np.ndarray, pbc: np.ndarray) -> None:
-    """:func:`check_cell` of several, [G, 3, 3] and [G, 3]."""
+    """Refuse cells [G, 3, 3] that are not finite, or without extent along their periodic directions [G, 3]."""
     finite = np.isfinite(cells).all(axis=(1, 2))
     if not finite.all():
         raise StructureError(f"the cell is not finite: {cells[np.argmin(finite)].tolist()}")

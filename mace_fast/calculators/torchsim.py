@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mace_fast.calculators.ase import MACEFastCalculator
-from mace_fast.calculators.graph import FEATURE_DEFAULTS, check_cell, check_cells, check_positions
+from mace_fast.calculators.graph import FEATURE_DEFAULTS, check_cells, check_positions, check_structures, naming
 from mace_fast.calculators.results import total_energies
 from mace_fast.calculators.screening import Model
 from mace_fast.errors import MissingToolError, StructureError, UnsupportedModuleError
@@ -138,7 +138,13 @@ class MACEFastModel(_ModelInterface):
             raise ValueError("the atoms of a system must follow one another: system_idx is not sorted")
         periodic = np.broadcast_to(_numpy(_field(state, "pbc"), np.bool_), (len(cells), 3))
         ptr = np.concatenate([[0], np.cumsum(np.bincount(batch, minlength=len(cells)))])
-        _check(positions, cells, periodic, ptr)
+
+        def check(number: int) -> None:
+            check_positions(positions[ptr[number] : ptr[number + 1]])
+            check_cells(cells[number : number + 1], periodic[number : number + 1])
+
+        with naming("system", len(cells), check):
+            check_structures(positions, cells, periodic, ptr)
         builder = self._calculator._build_graph
         return Structures(
             positions=positions,
@@ -149,23 +155,6 @@ class MACEFastModel(_ModelInterface):
             features={name: _feature(state, name, spec, len(cells)) for name, spec in builder.feature_specs.items()},
             head=builder.head,
         )
-
-
-def _check(positions: np.ndarray, cells: np.ndarray, periodic: np.ndarray, ptr: np.ndarray) -> None:
-    """All systems at once; one by one where something is wrong, to say with which."""
-    try:
-        check_positions(positions)
-        check_cells(cells, periodic)
-        if np.diff(ptr).all():
-            return
-    except StructureError:
-        pass
-    for number, (cell, pbc) in enumerate(zip(cells, periodic, strict=True)):
-        try:
-            check_positions(positions[ptr[number] : ptr[number + 1]])
-            check_cell(cell, pbc)
-        except StructureError as exc:
-            raise StructureError(f"system {number}: {exc}") from exc
 
 
 def _field(state: Any, name: str) -> Any:

@@ -324,7 +324,7 @@ def _preferred(role: Role, item_bytes: int) -> tuple[Preference, ...]:
 
 
 def _preferred_double(role: Role) -> tuple[Preference, ...]:
-    """The same in float64, where a number takes two registers: segments are one channel wide, and as few as fit.
+    """The same in float64, where a number takes two registers: threads mostly hold one channel.
 
     Read off benchmarks/results/h100-tune-float64.json. Segments of 110 registers hold all paths of one block of x at
     l = 3, so that none has to add to what another wrote. Compilers need fewer registers for tangents than is estimated.
