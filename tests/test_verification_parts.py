@@ -41,8 +41,8 @@ def test_every_element_head_and_category_occurs(seed: int) -> None:
             "per": "graph",
             "emb_dim": 4,
             "in_dim": 1,
-            "num_classes": 3,
-            "offset": 0,
+            "num_classes": 20,
+            "offset": 10,
         },
         "total_charge": {"type": "continuous", "per": "graph", "emb_dim": 4, "in_dim": 1},
     }
@@ -53,7 +53,7 @@ def test_every_element_head_and_category_occurs(seed: int) -> None:
     assert set(np.concatenate([atoms.numbers for atoms in structures])) == set(elements)
     assert len(elements) == 89 <= len(structures[0]) < 95
     assert [atoms.info["head"] for atoms in structures] == list(heads)
-    assert {atoms.info["total_spin"] for atoms in structures} == {0, 1, 2}
+    assert {atoms.info["total_spin"] for atoms in structures} == set(range(-10, 10))
     assert len({atoms.info["total_charge"] for atoms in structures}) == len(structures)
     graphs = build_graphs(model, structures)
     assert 800 < sum(graph.num_edges for graph in graphs) < 2500

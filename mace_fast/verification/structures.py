@@ -47,7 +47,7 @@ def default_structures(model: torch.nn.Module, *, seed: int | None = None) -> li
         structures.append(_molecule(rng, numbers, r_max, 3, f"molecule {missing + 2}"))
     for index, atoms in enumerate(structures):
         atoms.info["head"] = heads[index % len(heads)]
-        _add_embeddings(rng, atoms, embedding_specs(model), index)
+    _add_embeddings(rng, structures, embedding_specs(model))
     return structures
 
 
@@ -198,17 +198,24 @@ def _atoms(
 
 
 def _add_embeddings(
-    rng: np.random.Generator, atoms: ase.Atoms, specs: Mapping[str, Mapping[str, Any]], index: int
+    rng: np.random.Generator, structures: Sequence[ase.Atoms], specs: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """A value for each additional input, cycling through the categories so that several occur."""
+    """A value of each additional input for each structure or atom; categories are dealt, see ``_dealt``."""
     for name, spec in specs.items():
-        count = 1 if spec["per"] == "graph" else len(atoms)
+        per_graph = spec["per"] == "graph"
+        counts = [1 if per_graph else len(atoms) for atoms in structures]
         if spec["type"] == "categorical":
-            classes = int(spec["num_classes"])
-            values: NDArray[Any] = (rng.integers(0, classes, count) + index) % classes - int(spec.get("offset", 0))
+            values = _dealt(rng, int(spec["num_classes"]), sum(counts))[:, None] - int(spec.get("offset", 0))
         else:
-            values = rng.normal(size=(count, int(spec.get("in_dim", 1))))
-        if spec["per"] == "graph":
-            atoms.info[name] = values.reshape(-1)[0].item()
-        else:
-            atoms.arrays[name] = values.reshape(count, -1)
+            values = rng.normal(size=(sum(counts), int(spec.get("in_dim", 1))))
+        for atoms, own in zip(structures, np.split(values, np.cumsum(counts)[:-1]), strict=True):
+            if per_graph:
+                atoms.info[name] = own[0, 0].item()
+            else:
+                atoms.arrays[name] = own
+
+
+def _dealt(rng: np.random.Generator, classes: int, count: int) -> NDArray[Any]:
+    """``count`` categories in random order, none again before every other: no luck decides which are compared."""
+    decks = [rng.permutation(classes) for _ in range(-(-count // classes))]
+    return np.concatenate(decks)[:count]
