@@ -143,7 +143,7 @@ def test_a_list_that_outgrows_its_program_is_noticed_before_it_runs(
     data = stepper._model_inputs(as_structures([atoms], model))
     assert stepper._list is not None
     with pytest.raises(ValueError, match="do not fit"):
-        small.load(stepper._list.sorted_for(len(atoms)), data, (1,))
+        small.load(stepper._list.sorted_for(stepper._atoms(len(atoms), stepper._list.present)), data, (1,))
     with pytest.raises(AssertionError, match="load"):
         small.run()
 

@@ -8,7 +8,6 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mace_fast.kernels.ops.graph import edge_graph
 from mace_fast.kernels.ops.segment import Segments, segments
 
 
@@ -68,95 +67,153 @@ class SortedEdges(NamedTuple):
         return Segments(self.receiver, None, self.receiver_row)
 
 
-def sort_edges(
-    edge_index: Tensor,
-    lengths: Tensor,
-    species: Tensor,
-    num_species: int,
-    *,
-    by_species: bool,
-    present: tuple[int, ...] | None = None,
-) -> SortedEdges:
-    """Sort edges and find the species; waits for the device once.
+class AtomsBySpecies(NamedTuple):
+    """Atoms, grouped once for all lists of them.
+
+    Attributes:
+        species: [N] int64, position in the model's ``atomic_numbers``.
+        order, row: the atoms by species.
+        present: the species to have tables for, at least those that occur; None where one table serves all pairs.
+        table: [species that the model knows] int32, of each its place in ``present``; None without that.
+    """
+
+    species: Tensor
+    order: Tensor
+    row: Tensor
+    present: tuple[int, ...] | None
+    table: Tensor | None
+
+
+def group_atoms(species: Tensor, num_species: int, present: tuple[int, ...] | None) -> AtomsBySpecies:
+    """Group atoms by species.
 
     Args:
-        edge_index: [2, E] int64.
-        lengths: [E].
         species: [N] int64.
         num_species: how many the model knows.
-        by_species: whether tables depend on the two species of an edge.
-        present: the species to have tables for, at least those that occur; None for those.
-
-    Raises:
-        ValueError: an index names no atom.
+        present: those to have tables for, None where one table serves all pairs.
     """
-    nodes = species.shape[0]
-    by_length = torch.argsort(lengths, stable=True)
-    permutation = by_length[torch.argsort(edge_index[1][by_length], stable=True)]
-    sender, receiver = edge_index[0][permutation], edge_index[1][permutation]
-    graph = edge_graph(sender, receiver, nodes, nodes)
-    graph.check()
     groups = segments(species, num_species)
     assert groups.order is not None
-    pair = None
-    if by_species and present is None:
-        present = tuple(sorted(set(species.tolist())))
-    if by_species:
-        assert present is not None
-        pair = local_pairs(species, present, num_species, sender, receiver)
+    table = None
+    if present is not None:
+        places = torch.full((num_species,), -1, dtype=torch.int32)
+        places[list(present)] = torch.arange(len(present), dtype=torch.int32)
+        table = places.to(species.device)
+    return AtomsBySpecies(species, groups.order, groups.row_ptr, present, table)
+
+
+def sort_edges(edge_index: Tensor, lengths: Tensor, atoms: AtomsBySpecies) -> SortedEdges:
+    """Sort edges by receiver and length, and by sender. Does not wait for the device.
+
+    Edges of one receiver whose lengths are the same in float32 stay in the order that they come in.
+
+    Args:
+        edge_index: [2, E] int64; every index names an atom, as the lengths could not be known otherwise.
+        lengths: [E], not negative.
+        atoms: N of them.
+    """
+    nodes = atoms.species.shape[0]
+    # Floats that are not negative sort as their bits do, so that one sort of integers serves for both.
+    key = (edge_index[1] << 32) | lengths.to(torch.float32).view(torch.int32)
+    keys, permutation = torch.sort(key, stable=True)
+    to, of = keys >> 32, edge_index[0][permutation]
+    sender, receiver = of.to(torch.int32), to.to(torch.int32)
+    senders, sender_order = torch.sort(sender, stable=True)
+    rows = torch.arange(nodes + 1, dtype=torch.int32, device=sender.device)
     return SortedEdges(
         permutation,
-        graph.sender,
-        graph.receiver,
-        graph.row,
-        graph.sender_order,
-        graph.sender_row,
-        species,
-        groups.order,
-        groups.row_ptr,
-        species[sender].to(torch.int32),
-        pair,
-        present if by_species and present is not None else (),
+        sender,
+        receiver,
+        torch.searchsorted(receiver, rows, out_int32=True),
+        sender_order.to(torch.int32),
+        torch.searchsorted(senders, rows, out_int32=True),
+        atoms.species,
+        atoms.order,
+        atoms.row,
+        atoms.species[of].to(torch.int32),
+        local_pairs(atoms, of, to),
+        atoms.present or (),
     )
 
 
-def local_pairs(
-    species: Tensor, present: tuple[int, ...], num_species: int, sender: Tensor, receiver: Tensor
-) -> Tensor:
-    """[E] int32, which of the tables of the present species' pairs each edge uses."""
-    local = torch.full((num_species,), -1, dtype=torch.int32, device=species.device)
-    local[list(present)] = torch.arange(len(present), dtype=torch.int32, device=species.device)
-    return local[species[sender]] * len(present) + local[species[receiver]]
+def local_pairs(atoms: AtomsBySpecies, sender: Tensor, receiver: Tensor) -> Tensor | None:
+    """[E] int32, which of the tables of the present species' pairs each edge uses; None where one table serves all.
+
+    ``sender`` and ``receiver`` [E] are int64.
+    """
+    if atoms.present is None or atoms.table is None:
+        return None
+    place = atoms.table[atoms.species]
+    return place[sender] * len(atoms.present) + place[receiver]
 
 
 def pad(edges: SortedEdges, capacity: int) -> SortedEdges:
-    """The same edges in lists of a fixed length; what is added belongs to no atom and is summed aside.
+    """The same edges in lists of a fixed length, all of them copies; what is added belongs to no atom and is summed
+    aside. There is no caller's order.
 
     Raises:
         ValueError: there are more edges than that.
     """
-    count = edges.sender.shape[0]
-    if count > capacity:
-        raise ValueError(f"{count} edges do not fit into {capacity}")
+    count = _count_within(edges, capacity)
 
-    def filled(values: Tensor, value: int = 0) -> Tensor:
-        return torch.nn.functional.pad(values, (0, capacity - count), value=value)
+    def filled(values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(values, (0, capacity - count))
 
     def with_rest(row: Tensor) -> Tensor:
         return torch.nn.functional.pad(row, (0, 1), value=capacity)
 
-    order = torch.arange(capacity, dtype=edges.sender_order.dtype, device=edges.sender_order.device)
+    order = _places(0, capacity, edges)
     order[:count] = edges.sender_order
     return edges._replace(
-        permutation=filled(edges.permutation),
+        permutation=edges.permutation.new_empty(0),
         sender=filled(edges.sender),
         receiver=filled(edges.receiver),
         receiver_row=with_rest(edges.receiver_row),
         sender_order=order,
         sender_row=with_rest(edges.sender_row),
+        species=edges.species.clone(),
+        species_order=edges.species_order.clone(),
+        species_row=edges.species_row.clone(),
         sender_species=filled(edges.sender_species),
         pair=None if edges.pair is None else filled(edges.pair),
     )
+
+
+def refill(padded: SortedEdges, used: int, edges: SortedEdges) -> SortedEdges:
+    """Write other edges into padded lists, which stay where they are.
+
+    Args:
+        padded: made by :func:`pad`, for as many atoms.
+        used: how many of its edges are not padding.
+        edges: to take their place.
+
+    Raises:
+        ValueError: there are more edges than there is room for.
+    """
+    count = _count_within(edges, padded.sender.shape[0])
+    for name in ("sender", "receiver", "sender_order", "sender_species", "pair"):
+        target, values = getattr(padded, name), getattr(edges, name)
+        if target is not None:
+            target[:count] = values
+            if count < used:
+                target[count:used] = _places(count, used, edges) if name == "sender_order" else 0
+    for name in ("receiver_row", "sender_row"):
+        getattr(padded, name)[:-1] = getattr(edges, name)
+    for name in ("species", "species_order", "species_row"):
+        getattr(padded, name).copy_(getattr(edges, name))
+    return padded._replace(present=edges.present)
+
+
+def _count_within(edges: SortedEdges, capacity: int) -> int:
+    count = edges.sender.shape[0]
+    if count > capacity:
+        raise ValueError(f"{count} edges do not fit into {capacity}")
+    return count
+
+
+def _places(first: int, end: int, edges: SortedEdges) -> Tensor:
+    """In sender_order padding stands where it is."""
+    return torch.arange(first, end, dtype=torch.int32, device=edges.sender.device)
 
 
 Kept = TypeVar("Kept")

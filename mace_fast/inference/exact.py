@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mace_fast.inference.edges import SortedEdges, local_pairs
+from mace_fast.inference.edges import SortedEdges, group_atoms, local_pairs
 from mace_fast.inference.neighbours import NeighbourSearch
 from mace_fast.inference.verlet import Structures, Verlet
-from mace_fast.kernels.ops.segment import segments
 
 
 class ExactList:
@@ -52,13 +51,8 @@ class ExactList:
         self._row = np.searchsorted(self._receiver, np.arange(atoms + 1)).astype(np.int32)
         self._sender_order = _stable_order(self._sender, atoms)
         self._sender_row = np.concatenate([[0], np.cumsum(np.bincount(self._sender, minlength=atoms))])
-        species = torch.from_numpy(structures.species)
-        groups = segments(species, num_species)
-        assert groups.order is not None
+        grouped = group_atoms(torch.from_numpy(structures.species), num_species, present)
         sender_species = structures.species[self._sender].astype(np.int32)
-        pair = None
-        if present is not None:
-            pair = local_pairs(species, present, num_species, *map(torch.from_numpy, (self._sender, self._receiver)))
         self._all = SortedEdges(
             permutation=torch.empty(0, dtype=torch.int64),  # there is no caller's order
             sender=torch.from_numpy(self._sender.astype(np.int32)),
@@ -66,11 +60,11 @@ class ExactList:
             receiver_row=torch.from_numpy(self._row),
             sender_order=torch.from_numpy(self._sender_order),
             sender_row=torch.from_numpy(self._sender_row.astype(np.int32)),
-            species=species,
-            species_order=groups.order,
-            species_row=groups.row_ptr,
+            species=grouped.species,
+            species_order=grouped.order,
+            species_row=grouped.row,
             sender_species=torch.from_numpy(sender_species),
-            pair=pair,
+            pair=local_pairs(grouped, torch.from_numpy(self._sender), torch.from_numpy(self._receiver)),
             present=present or (),
         )
         self._kept = np.ones(count, dtype=bool)

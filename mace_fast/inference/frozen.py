@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mace_fast.errors import UnsupportedModuleError
-from mace_fast.inference.edges import Memo, SortedEdges, sort_edges
+from mace_fast.inference.edges import Memo, SortedEdges, group_atoms, sort_edges
 from mace_fast.inference.energies import (
     NodeInputs,
     Readout,
@@ -174,13 +174,9 @@ class FrozenMACE(torch.nn.Module):
                     raise ValueError(f"edge_index holds an index outside [0, {nodes}); rebuild the neighbour list")
                 lengths = (data["positions"][receiver] - data["positions"][sender] + data["shifts"]).norm(dim=1)
                 species = data["node_attrs"].argmax(dim=1)
-                edges = sort_edges(
-                    data["edge_index"],
-                    lengths,
-                    species,
-                    data["node_attrs"].shape[1],
-                    by_species=depends_on_species(self),
-                )
+                present = tuple(sorted(set(species.tolist()))) if depends_on_species(self) else None
+                atoms = group_atoms(species, data["node_attrs"].shape[1], present)
+                edges = sort_edges(data["edge_index"], lengths, atoms)
             self._memo.put(sources, edges)
         return edges
 

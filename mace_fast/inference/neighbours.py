@@ -29,6 +29,8 @@ CUDA_METHODS = ("vesin-cuda", "nvalchemi", "vesin-upload")
 class Neighbours(NamedTuple):
     """Pairs of atoms, each in both directions, on one device.
 
+    Those of one receiver are in an order that does not change from one search to the next; receivers are in none.
+
     Attributes:
         edge_index: [2, E] int64, row 0 the sender, row 1 the receiver, as MACE's ``edge_index``.
         shifts: [E, 3] int32; the vector of an edge is ``positions[receiver] - positions[sender] + shifts @ cell``.
@@ -250,15 +252,14 @@ def upload(device: torch.device, *arrays: np.ndarray) -> list[Tensor]:
 
 
 def _in_order(found: Neighbours) -> Neighbours:
-    """The pairs by receiver, sender and image.
+    """The pairs by sender and image: those of one receiver are then always in the same order.
 
     A search on a GPU lists them in the order in which its threads came to them; what is computed from the list is then
     not the same to the last bit, least of all where an atom sees images of one atom at the same distance on both sides.
     """
     image = found.shifts.to(torch.int64) & _IMAGE_MASK
     key = (found.edge_index[0] << 3 * _IMAGE_BITS) | (image[:, 0] << 2 * _IMAGE_BITS)
-    order = torch.argsort(key | (image[:, 1] << _IMAGE_BITS) | image[:, 2], stable=True)
-    order = order[torch.argsort(found.edge_index[1][order], stable=True)]
+    order = torch.argsort(key | (image[:, 1] << _IMAGE_BITS) | image[:, 2])
     return Neighbours(found.edge_index[:, order], found.shifts[order])
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mace_fast.errors import MissingToolError
-from mace_fast.inference.edges import Memo, SortedEdges, pad
+from mace_fast.inference.edges import Memo, SortedEdges, pad, refill
 from mace_fast.inference.energies import NodeInputs
 from mace_fast.inference.frozen import FrozenMACE, Geometry, Prepared
 from mace_fast.kernels.ops.geometry import edge_geometry
@@ -83,7 +83,10 @@ class StaticProgram:
         self._moved = False
         self._edges: SortedEdges | None = None
         self._data: dict[str, Tensor] = {}
+        self._data_from: Memo[bool] = Memo()
+        self._names = {"node_attrs", "batch", "ptr", "head", *feature_specs(model)}
         self._sizes = (0, 0)
+        self._used = 0
         self._layout: list[tuple[str, slice, tuple[int, ...]]] = []
         atoms, edges, graphs = bucket
         pinned = self.device.type == "cuda"
@@ -129,15 +132,15 @@ class StaticProgram:
             raise ValueError(f"{atoms} atoms, {count} edges, {graphs} structures do not fit into {self.bucket}")
         if edges.num_atoms != self.bucket.atoms:
             raise ValueError(f"edges are sorted for {edges.num_atoms} atoms, and must be for {self.bucket.atoms}")
-        self._edges = _assign(self._edges, pad(edges, self.bucket.edges))
-        filled = pad_inputs(data, self.bucket, self.model)
-        if self._data.keys() == filled.keys():
-            for name, target in self._data.items():
-                target.copy_(filled[name])
+        if self._edges is None:
+            self._edges = pad(edges, self.bucket.edges)
         else:
-            self._data, self._moved = {name: value.clone() for name, value in filled.items()}, True
-        self._make_nodes(self.model.prepare(edges.present))
-        self._shifts[count:] = FAR
+            # If this breaks off, what it wrote is padding to be written over.
+            self._used = max(self._used, count)
+            self._edges = refill(self._edges, self._used, edges)
+            self._shifts[count : self._used] = FAR
+        self._used = count
+        self.set_features(data)
         self._sizes = (atoms, graphs)
         self._layout = self._places(atoms, graphs)
         self.version = version
@@ -147,11 +150,22 @@ class StaticProgram:
         self._shifts[: shifts.shape[0]] = shifts
 
     def set_features(self, data: Mapping[str, Tensor]) -> None:
-        """Other values of the embedded features."""
-        for name, value in pad_inputs(data, self.bucket, self.model).items():
-            self._data[name].copy_(value)
+        """Other values of the embedded features, or of anything else that is not edges; nothing where they are those
+        that were set last."""
         assert self._edges is not None, "load() comes first"
-        self._make_nodes(self.model.prepare(self._edges.present))
+        prepared = self.model.prepare(self._edges.present)
+        sources = tuple(data[name] for name in sorted(self._names & data.keys()))
+        if self._data_from.get(sources) is None:
+            filled = pad_inputs(data, self.bucket, self.model)
+            if self._data.keys() == filled.keys():
+                for name, target in self._data.items():
+                    target.copy_(filled[name])
+            else:
+                self._data, self._moved = {name: value.clone() for name, value in filled.items()}, True
+            self._make_nodes(prepared)
+            self._data_from.put(sources, True)
+        elif prepared is not self._prepared:
+            self._make_nodes(prepared)
 
     def _make_nodes(self, prepared: Prepared) -> None:
         """What does not depend on positions, written where a graph reads it if it has its shapes already."""
@@ -292,14 +306,3 @@ def pad_inputs(data: Mapping[str, Tensor], bucket: Bucket, model: FrozenMACE) ->
 def feature_specs(model: Any) -> Mapping[str, Mapping[str, Any]]:
     """What a model takes beside atoms; mace-torch sets the attribute only on models that take something."""
     return getattr(model, "embedding_specs", None) or {}
-
-
-def _assign(targets: SortedEdges | None, edges: SortedEdges) -> SortedEdges:
-    """The edges in tensors that stay where they are: copies at first, later written into."""
-    if targets is None:
-        copies: dict[str, Any] = {name: t.clone() for name, t in edges._asdict().items() if isinstance(t, Tensor)}
-        return edges._replace(**copies)
-    for name, target in targets._asdict().items():
-        if isinstance(target, Tensor):
-            target.copy_(getattr(edges, name))
-    return targets._replace(present=edges.present)

@@ -22,7 +22,7 @@ from torch import Tensor
 from mace_fast.errors import DeviceError
 from mace_fast.inference.arrays import fingerprint, same
 from mace_fast.inference.device_errors import explain_device_error, is_device_error
-from mace_fast.inference.edges import SortedEdges, sort_edges
+from mace_fast.inference.edges import AtomsBySpecies, SortedEdges, group_atoms, sort_edges
 from mace_fast.inference.exact import ExactList
 from mace_fast.inference.frozen import FrozenMACE, atomic_forces, pair_virials, virials_and_stress
 from mace_fast.inference.geometry import volume_cell
@@ -120,6 +120,7 @@ class Stepper:
         self._programs.clear()
         self._inputs: dict[str, Tensor] = {}
         self._species = torch.empty(0, dtype=torch.int64)
+        self._grouped: dict[int, AtomsBySpecies] = {}
         self._inputs_of: tuple[object, ...] | None = None
         self._chosen: dict[tuple[int, bool, bool], tuple[int, int, tuple[Any, ...]]] = {}
         self._again: list[Callable[[], object]] = []
@@ -179,7 +180,7 @@ class Stepper:
         dtype = next(self.models[0].parameters()).dtype
         graphs = len(structures.cells)
         species = torch.from_numpy(structures.species)
-        self._species = species.to(self.device)
+        self._species, self._grouped = species.to(self.device), {}
         inputs = {
             "node_attrs": torch.nn.functional.one_hot(species, self._num_species).to(dtype),
             "batch": torch.from_numpy(structures.batch),
@@ -234,7 +235,9 @@ class Stepper:
             loaded = program.version
             # Numbers, not objects: a program that waits must not keep a list alive.
             if loaded is None or loaded[0] != self.rebuilds:
-                program.load(candidates.sorted_for(program.bucket.atoms), data, (self.rebuilds,))
+                program.load(
+                    candidates.sorted_for(self._atoms(program.bucket.atoms, candidates.present)), data, (self.rebuilds,)
+                )
                 loaded = (self.rebuilds, 0, self._inputs_made)
             candidates.set_cells(structures.cells)
             if loaded[1] != candidates.cells_set:
@@ -254,11 +257,18 @@ class Stepper:
             self.search,
             self._cutoff,
             self.skin,
-            self._num_species,
             self._species_with_tables(structures),
-            self._species,
             self._inputs["batch"],
         )
+
+    def _atoms(self, count: int, present: tuple[int, ...] | None) -> AtomsBySpecies:
+        """Atoms in groups, kept from list to list; those beyond the structures' are like the first."""
+        grouped = self._grouped.get(count)
+        if grouped is None or grouped.present != present:
+            rest = self._species[:1].expand(count - self._species.shape[0])
+            grouped = group_atoms(torch.cat([self._species, rest]), self._num_species, present)
+            self._grouped[count] = grouped
+        return grouped
 
     def _program(
         self,
@@ -317,15 +327,13 @@ class _DeviceList:
         search: NeighbourSearch,
         cutoff: float,
         skin: float,
-        num_species: int,
         present: tuple[int, ...] | None,
-        species: Tensor,
         batch: Tensor,
     ) -> None:
         self.verlet = Verlet(structures, cutoff, skin)
-        self._num_species, self._present = num_species, present
+        self.present = present
+        """Species that tables of pairs exist for; None where one table serves all pairs."""
         self._index, self._images = search.batch(structures, cutoff + skin)
-        self._species = species
         self._graph = batch if len(structures.cells) > 1 else None
         self._cells = structures.cells.copy()
         positions, cells = upload(search.device, structures.positions, structures.cells)
@@ -348,19 +356,12 @@ class _DeviceList:
             return images.to(torch.float64) @ cells[0]
         return (images.to(torch.float64)[:, :, None] * cells[self._graph[receiver.long()]]).sum(dim=1)
 
-    def sorted_for(self, atoms: int) -> SortedEdges:
-        """Edges for so many atoms, of which those beyond the structures' are like the first and have no edges."""
-        if atoms not in self._sorted:
-            rest = self._species[:1].expand(atoms - self._species.shape[0])
-            self._sorted[atoms] = sort_edges(
-                self._index,
-                self._lengths,
-                torch.cat([self._species, rest]),
-                self._num_species,
-                by_species=self._present is not None,
-                present=self._present,
-            )
-        return self._sorted[atoms]
+    def sorted_for(self, atoms: AtomsBySpecies) -> SortedEdges:
+        """Edges for these atoms, of which those beyond the structures' have none."""
+        count = atoms.species.shape[0]
+        if count not in self._sorted:
+            self._sorted[count] = sort_edges(self._index, self._lengths, atoms)
+        return self._sorted[count]
 
     def set_cells(self, cells: np.ndarray) -> None:
         """Make :attr:`shifts`; edges have been sorted before. Does not wait for the device."""
