@@ -148,8 +148,11 @@ def _randomise(model: mace.modules.MACE) -> None:
         elif parameter.numel() > 0 and bool((parameter == parameter.flatten()[0]).all()):  # layer norms, zero biases
             parameter.add_(torch.randn_like(parameter), alpha=0.25)
     radial_width = int(model.radial_embedding.out_dim)
-    # A distance transform makes the radial features, and so the messages, several times larger by itself.
-    gain = _RADIAL_GAIN / 5 if "distance_transform" in model.radial_embedding._modules else _RADIAL_GAIN
+    radial = model.radial_embedding
+    # Gaussians, and any functions of a transformed distance, are several times larger than spherical Bessel functions,
+    # and the products raise what is too large to the ninth power.
+    large = "distance_transform" in radial._modules or isinstance(radial.bessel_fn, mace.modules.radial.GaussianBasis)
+    gain = _RADIAL_GAIN / 5 if large else _RADIAL_GAIN
     for block in model.modules():
         if isinstance(block, _NEIGHBOUR_NORMALISED):
             block.conv_tp_weights[-1].weight.mul_(gain)
