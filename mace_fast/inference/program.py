@@ -153,7 +153,6 @@ class StaticProgram:
         """Other values of the embedded features, or of anything else that is not edges; nothing where they are those
         that were set last."""
         assert self._edges is not None, "load() comes first"
-        prepared = self.model.prepare(self._edges.present)
         sources = tuple(data[name] for name in sorted(self._names & data.keys()))
         if self._data_from.get(sources) is None:
             filled = pad_inputs(data, self.bucket, self.model)
@@ -162,10 +161,8 @@ class StaticProgram:
                     target.copy_(filled[name])
             else:
                 self._data, self._moved = {name: value.clone() for name, value in filled.items()}, True
-            self._make_nodes(prepared)
+            self._make_nodes(self.model.prepare(self._edges.present))
             self._data_from.put(sources, True)
-        elif prepared is not self._prepared:
-            self._make_nodes(prepared)
 
     def _make_nodes(self, prepared: Prepared) -> None:
         """What does not depend on positions, written where a graph reads it if it has its shapes already."""

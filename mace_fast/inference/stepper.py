@@ -262,9 +262,10 @@ class Stepper:
         )
 
     def _atoms(self, count: int, present: tuple[int, ...] | None) -> AtomsBySpecies:
-        """Atoms in groups, kept from list to list; those beyond the structures' are like the first."""
+        """Atoms in groups, kept while their species, and with them the tables, are the same; those beyond the
+        structures' are like the first."""
         grouped = self._grouped.get(count)
-        if grouped is None or grouped.present != present:
+        if grouped is None:
             rest = self._species[:1].expand(count - self._species.shape[0])
             grouped = group_atoms(torch.cat([self._species, rest]), self._num_species, present)
             self._grouped[count] = grouped
