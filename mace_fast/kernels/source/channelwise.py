@@ -33,6 +33,7 @@ _CUDA_HEADERS = (
     "channelwise_ring.cuh",
     "channelwise_tile.cuh",
     "channelwise_walk.cuh",
+    "channelwise_gradient.cuh",
     "channelwise_conv.cuh",
 )
 

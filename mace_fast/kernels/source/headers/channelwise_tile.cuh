@@ -150,8 +150,18 @@ template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
 
     MF_INLINE void load_all(const Operands<T>& in, const Operands<T>& tangent, const Spline<T>& spline,
                             const Shared<S, DUAL>& shared, int slot, int u, int image) {
+        load_x(in, tangent, shared, slot, u, image);
+        load_w(in, tangent, spline, shared, slot, u, image);
+    }
+
+    MF_INLINE void copy_x(const EdgeOperands& other) {
+#pragma unroll
+        for (int i = 0; i < S::NX; ++i) x[i] = other.x[i];
+    }
+
+    MF_INLINE void load_x(const Operands<T>& in, const Operands<T>& tangent, const Shared<S, DUAL>& shared, int slot,
+                          int u, int image) {
         const index_t s = shared.sender[slot] * index_t(S::X_ROW) + u;
-        const index_t e = shared.edge[slot] * in.w_row;
         S::X::each([&](auto block) {
             typedef decltype(block) Block;
             const bool active = S::EXACT || u < Block::MUL;
@@ -162,6 +172,11 @@ template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
                     Make<N>::of(read(in.x + at, active), read(tangent.x + at, DUAL && tangent.x && active));
             }
         });
+    }
+
+    MF_INLINE void load_w(const Operands<T>& in, const Operands<T>& tangent, const Spline<T>& spline,
+                          const Shared<S, DUAL>& shared, int slot, int u, int image) {
+        const index_t e = shared.edge[slot] * in.w_row;
         const T* row = nullptr;
         T t = T(0);
         if constexpr (S::ORDER > 0) {

@@ -1,0 +1,148 @@
+// What backward kernels do with an edge, in whatever order they go through edges.
+#pragma once
+#include "channelwise_tile.cuh"
+
+namespace mf {
+
+// Sums COUNT values (a power of two) over the lanes of a warp by halving: each step exchanges half of what is left.
+// On return value[0] of lane l holds the sum of number l / (32 / COUNT); lanes that share a number hold the same sum.
+template <int COUNT, int BIT = 16, class T> MF_INLINE void sum_over_lanes(T* value, int lane) {
+    if constexpr (COUNT > 1) {
+        const bool high = lane & BIT;
+#pragma unroll
+        for (int j = 0; j < COUNT / 2; ++j) {
+            const T keep = high ? value[j + COUNT / 2] : value[j];
+            const T give = high ? value[j] : value[j + COUNT / 2];
+            value[j] = keep + __shfl_xor_sync(0xffffffffu, give, BIT);
+        }
+        sum_over_lanes<COUNT / 2, BIT / 2>(value, lane);
+    } else if constexpr (BIT > 0) {
+        value[0] += __shfl_xor_sync(0xffffffffu, value[0], BIT);
+        sum_over_lanes<1, BIT / 2>(value, lane);
+    }
+}
+
+// Gradients of edges for the channels of a thread.
+template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W> struct EdgeGradient {
+    typedef typename S::T T;
+    static constexpr bool SPLINE = S::ORDER > 0;
+    typedef EdgeOperands<S, DUAL, SPLINE> Edge;
+    typedef typename Edge::C C;
+    typedef typename Edge::N N;
+    typedef typename NumberOf<DUAL, T>::type M;
+    static constexpr int CHUNK = 16;  // numbers of an edge reduced at a time
+    static constexpr int CHUNKS = (S::NY + CHUNK - 1) / CHUNK;
+
+    // Of x, for as many edges as wanted.
+    struct OfX {
+        N x[S::NX];
+        MF_INLINE void clear() {
+#pragma unroll
+            for (int i = 0; i < S::NX; ++i) fill(x[i], T(0));
+        }
+    };
+    // Of y and the length, for one edge.
+    struct OfY {
+        M y[CHUNKS * CHUNK];
+        T radius;
+        MF_INLINE void clear() {
+#pragma unroll
+            for (int j = 0; j < CHUNKS * CHUNK; ++j) fill(y[j], T(0));
+            radius = T(0);
+        }
+    };
+
+    const Shared<S, DUAL>& shared;
+    const Spline<T>& spline;
+    const int image, u, lane, warp;
+    T* const dw;
+
+    // Adds to those of x and y, and writes those of w. `gradient_of(path, room)` says where the gradients of the path's
+    // outputs are, or puts them into `room`.
+    template <class Gradient>
+    MF_INLINE void add(int slot, const Edge& operands, OfX& x, OfY& y, Gradient gradient_of) const {
+        T* dw_row = WANT_W ? dw + index_t(shared.edge[slot]) * S::NUMEL : nullptr;
+        S::Paths::each([&](auto path) {
+            typedef decltype(path) Path;
+            C room[Path::DZ];
+            const C* g = gradient_of(path, room);
+            M m[Path::PADDED];
+            N t[Path::DX];
+            if (WANT_X || WANT_W || SPLINE) {
+                read_forms<Path>(shared, slot, m);
+                Path::transpose(g, m, t);
+            }
+            const N& w = operands.w[Path::INDEX];
+            if (WANT_X) {
+#pragma unroll
+                for (int i = 0; i < Path::DX; ++i) multiply_add(x.x[Path::X + i], w, t[i]);
+            }
+            if constexpr ((WANT_W || SPLINE) && Path::WEIGHTED) {
+                N sum;
+                multiply(sum, operands.x[Path::X], t[0]);
+#pragma unroll
+                for (int i = 1; i < Path::DX; ++i) multiply_add(sum, operands.x[Path::X + i], t[i]);
+                if constexpr (SPLINE) add_across(y.radius, operands.slope[Path::INDEX], result_of(sum));
+                else if (S::EXACT || u < Path::MUL)
+                    store(dw_row + Path::column(image) + index_t(u) * Path::W_STRIDE, result_of(sum));
+            }
+            if (WANT_Y) {
+                N wx[Path::DX];
+#pragma unroll
+                for (int i = 0; i < Path::DX; ++i) multiply(wx[i], w, operands.x[Path::X + i]);
+                Path::couple_gradient(wx, g, y.y);
+            }
+        });
+    }
+
+    // Leaves those of y in shared memory.
+    MF_INLINE void leave_y(int slot, const OfY& of_edge) const {
+        T* share = shared.dy + (warp * S::TILE + slot) * S::OUT;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; ++c) {
+            T value[CHUNK];
+#pragma unroll
+            for (int j = 0; j < CHUNK; ++j) value[j] = result_of(of_edge.y[c * CHUNK + j]);
+            sum_over_lanes<CHUNK>(value, lane);
+            const int j = c * CHUNK + lane / (32 / CHUNK);
+            if (lane % (32 / CHUNK) == 0 && j < S::NY) share[j] = value[0];
+        }
+        if (SPLINE) {
+            T radius = of_edge.radius;
+            sum_over_lanes<1>(&radius, lane);
+            if (lane == 0) share[S::NY] = radius * spline.per_length;
+        }
+    }
+
+    // Writes those of x to a row, or adds them to what an earlier segment left there.
+    MF_INLINE void write_x(const OfX& of_edges, T* row) const {
+        S::X::each([&](auto block) {
+            typedef decltype(block) Block;
+            if (S::EXACT || u < Block::MUL) {
+#pragma unroll
+                for (int i = 0; i < Block::DIM; ++i) {
+                    T* target = row + Block::offset(image) + i * Block::MUL;
+                    C value = result_of(of_edges.x[Block::BASE + i]);
+                    if constexpr (!Block::FRESH) mf::add(value, *reinterpret_cast<const C*>(target));
+                    store(target, value);
+                }
+            }
+        });
+    }
+};
+
+// Sums the gradients of y that the warps of a group left for the first `count` edges of a tile, and writes them.
+template <class S, bool DUAL>
+MF_INLINE void write_y(const Shared<S, DUAL>& shared, int count, typename S::T* dy) {
+    typedef typename S::T T;
+    group_barrier<S>();
+    for (int item = threadIdx.x; item < count * S::OUT; item += S::WARPS * 32) {
+        const int slot = item / S::OUT, j = item % S::OUT;
+        T sum = T(0);
+#pragma unroll
+        for (int other = 0; other < S::WARPS; ++other) sum += shared.dy[(other * S::TILE + slot) * S::OUT + j];
+        dy[index_t(shared.edge[slot]) * S::OUT + j] = sum;
+    }
+}
+
+}  // namespace mf
