@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # e3nn 0.4 under torch 2.6 and later
@@ -26,7 +27,9 @@ from benchmarks.problems import PROBLEMS
 from benchmarks.timing import copy_bandwidth, device_name, median_ms
 from mace_fast.kernels import ChannelwiseTensorProduct, edge_graph
 from mace_fast.kernels.build import compile_cuda
-from mace_fast.kernels.ops.channelwise_run import NO_SPLINE, Spline, gradient_parts, run_kernel
+from mace_fast.kernels.ops.channelwise_run import NO_SPLINE, Call, Spline, gradient_parts, run_kernel
+from mace_fast.kernels.ops.clusters import find_clusters
+from mace_fast.kernels.ops.sender_sum import sum_at_senders
 from mace_fast.kernels.plan.channelwise import Schedule, plan
 from mace_fast.kernels.source.channelwise import Variant, cuda_source
 
@@ -44,6 +47,7 @@ REGISTERS = (27, 40, 54, 80, 120)
 
 
 RINGS = (0, 3, 4, 6)
+CLUSTERS = (0, 2, 4, 8)
 
 
 def schedules(
@@ -52,18 +56,20 @@ def schedules(
     variant: Variant,
     rings: Sequence[int] = RINGS,
     budgets: Sequence[int] = REGISTERS,
+    clusters: Sequence[int] = (0,),
 ) -> list[Schedule]:
     """Those that differ in the kernels they lead to, and may fit the registers."""
     found: dict[object, Schedule] = {}
-    for vector, registers, prefetch, ring in itertools.product((1, 2, 4), budgets, (False, True), rings):
-        schedule = Schedule(vector, registers, prefetch, ring)
+    choices = itertools.product((1, 2, 4), budgets, (False, True), rings, clusters)
+    for vector, registers, prefetch, ring, cluster in choices:
+        schedule = Schedule(vector, registers, prefetch, ring, cluster)
         try:
             layout = plan(d, item_bytes, variant.role, schedule)
         except ValueError:
             continue
         # Compilers need fewer for tangents than is estimated.
         if layout.most_registers <= (300 if variant.dual else 250):
-            found.setdefault((vector, prefetch, ring, layout.segments), schedule)
+            found.setdefault((vector, prefetch, ring, cluster, layout.segments), schedule)
     return list(found.values())
 
 
@@ -83,6 +89,7 @@ class Case:
         # By receiver, as in the graphs of a calculator.
         order = torch.argsort(receiver, stable=True)
         self.graph = edge_graph(sender[order], receiver[order], nodes, nodes)
+        self.clusters = {count: find_clusters(self.graph, count) for count in CLUSTERS if count}
         self.d, self.edges, self.nodes = d, sender.shape[0], nodes
         torch.manual_seed(0)
         options = {"dtype": dtype, "device": device}
@@ -97,8 +104,8 @@ class Case:
         place = torch.arange(self.edges, device=device) - self.graph.row[self.graph.receiver.long()]
         self.radius = (place / (place.max() + 1)).to(dtype)
 
-    def __call__(self, variant: Variant, schedule: Schedule) -> list[Tensor]:
-        """Its results."""
+    def __call__(self, variant: Variant, schedule: Schedule, *, at_senders: bool = False) -> list[Tensor]:
+        """Its results; with ``at_senders`` gradients of x are summed there, by another kernel."""
         operands = (self.x, self.y, None if variant.order else self.w)
         tangents = self.tangents if variant.dual else (None, None, None)
         spline: Spline = (self.radius, None, self.rows, 1024, 1024.0) if variant.order else NO_SPLINE
@@ -110,12 +117,17 @@ class Case:
             dy = self.x.new_empty(parts, self.edges, d.y_dim + (variant.order > 0))
             dw = torch.empty_like(self.w) if variant.want_w else self.x.new_empty(0)
             outputs = (self.g, d.z_dim, dx, dy, dw if variant.want_w else None, 0, self.edges)
-            run_kernel(key, variant, operands, tangents, tuple(self.graph), outputs, spline, schedule)
+            clusters = self.clusters.get(schedule.cluster)
+            run_kernel(Call(key, variant, operands, tuple(self.graph), outputs, tangents, spline, schedule, clusters))
+            if at_senders and variant.want_x:
+                lists = self.graph[4:6] if clusters is None else (clusters.run_order, clusters.run_row)
+                rows, dx = dx, torch.empty_like(self.x)
+                sum_at_senders(rows, *lists, dx, 0, self.edges, self.edges / self.nodes)
             results = [dx, dy[0] if parts == 1 else dy.sum(0), dw]
         else:
             results = [self.x.new_empty(self.nodes, d.z_dim)]
             outputs = (results[0], d.z_dim)
-            run_kernel(key, variant, operands, tangents, tuple(self.graph), outputs, spline, schedule)
+            run_kernel(Call(key, variant, operands, tuple(self.graph), outputs, tangents, spline, schedule))
         return results
 
 
@@ -126,10 +138,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
     parser.add_argument("--rings", nargs="+", type=int, default=list(RINGS), help="lengths of rings; 0 is none")
     parser.add_argument("--registers", nargs="+", type=int, default=list(REGISTERS), help="of a segment, at most")
+    parser.add_argument("--clusters", nargs="+", type=int, default=[0], choices=CLUSTERS, help="receivers of a cluster")
+    parser.add_argument(
+        "--at-senders", action="store_true", help="time the sums of the gradients of x at senders too; clusters need it"
+    )
     parser.add_argument("--graph", default="diamond", choices=list(GRAPHS))
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile at a time")
     parser.add_argument("--output", type=Path, default=None, help="write JSON rows here")
     args = parser.parse_args()
+    if any(args.clusters) and not args.at_senders:
+        parser.error("--clusters needs --at-senders: their gradients of x can be compared as sums alone")
     device, dtype = torch.device("cuda", 0), getattr(torch, args.dtype)
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     bandwidth = copy_bandwidth(device)
@@ -138,7 +156,7 @@ def main() -> None:
     for name in args.problems:
         for role in args.roles:
             d, variant = PROBLEMS[name].description(), ROLES[role]
-            mine = schedules(d, dtype.itemsize, variant, args.rings, args.registers)
+            mine = schedules(d, dtype.itemsize, variant, args.rings, args.registers, args.clusters)
             jobs += [((d, dtype.itemsize, variant, s, arch), name, role) for s in mine]
     with ProcessPoolExecutor(args.processes) as pool:
         resources = list(pool.map(compiled, [job for job, _, _ in jobs]))
@@ -148,15 +166,16 @@ def main() -> None:
         if current != name:
             case, current = Case(d, args.graph, dtype, device), name
         assert case is not None
-        expected = case(variant, Schedule(1, 54, False))
+        expected = case(variant, Schedule(1, 54, False), at_senders=args.at_senders)
         difference = max(
             float((a - b).norm() / b.norm()) if b.numel() else 0.0
-            for a, b in zip(case(variant, schedule), expected, strict=True)
+            for a, b in zip(case(variant, schedule, at_senders=args.at_senders), expected, strict=True)
         )
         if not difference < (1e-5 if dtype == torch.float32 else 1e-12):
             raise AssertionError(f"{name} {role} {schedule} is off by {difference:.1e}")
         del expected
-        ms = median_ms(lambda c=case, v=variant, s=schedule: c(v, s), device, budget_s=0.04)  # type: ignore[misc]
+        run = partial(case, variant, schedule, at_senders=args.at_senders)
+        ms = median_ms(run, device, budget_s=0.04)
         layout = plan(d, item_bytes, variant.role, schedule)
         chosen = plan(d, item_bytes, variant.role).schedule == schedule
         rows.append(
@@ -167,6 +186,7 @@ def main() -> None:
                 "registers": schedule.registers,
                 "prefetch": schedule.prefetch,
                 "ring": schedule.ring,
+                "cluster": schedule.cluster,
                 "segments": len(layout.segments),
                 "together": layout.together,
                 "used_registers": registers,
@@ -186,6 +206,7 @@ def main() -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         command = f"python -m benchmarks.tune_conv --graph {args.graph} --dtype {args.dtype}"
+        command += " --at-senders" if args.at_senders else ""
         result = {"device": device_name(device), "torch": torch.__version__, "command": command, "rows": rows}
         args.output.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
-from mace_fast.kernels.ops.channelwise_run import Graph, Tangents, gradient_parts, run_kernel, sizes
+from mace_fast.kernels.ops.channelwise_run import Call, Graph, Tangents, gradient_parts, run_kernel, sizes
 from mace_fast.kernels.ops.graph import EdgeGraph
 from mace_fast.kernels.ops.segment import Segments, segment_sum
 from mace_fast.kernels.plan.channelwise import ChannelwisePlan, Role, plan
@@ -133,7 +133,7 @@ def _forward(x: Tensor, y: Tensor, w: Tensor, tangents: Tangents, graph: Graph, 
     make = x.new_empty if description.covers_z else x.new_zeros
     z = make((receivers, description.z_dim))
     a, b, c = (_dense(t) for t in tangents)
-    run_kernel(key, Variant(dual, False), (x, y, w), (a, b, c), graph, (z, description.z_dim))
+    run_kernel(Call(key, Variant(dual, False), (x, y, w), graph, (z, description.z_dim), (a, b, c)))
     return z
 
 
@@ -164,7 +164,7 @@ def _backward(
     if edges and (want_x or want_y or want_w):
         a, b, c = (_dense(t) for t in tangents)
         outputs = (g, description.z_dim, x_of_edges, y_parts, w_of_edges, 0, edges)
-        run_kernel(key, variant, (x, y, w), (a, b, c), graph, outputs)
+        run_kernel(Call(key, variant, (x, y, w), graph, outputs, (a, b, c)))
     dx = _sum_at_senders(x_of_edges, graph) if want_x else empty
     dy = (y_parts[0] if parts == 1 else y_parts.sum(0)) if want_y else empty
     dw = (w_of_edges.sum(0) if w.dim() == 1 else w_of_edges) if wants[2] else empty

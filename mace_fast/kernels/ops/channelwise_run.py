@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mace_fast.kernels.build import CudaModule, architecture, cpu_threads, load_cpu, load_cuda, on_gpu
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
-from mace_fast.kernels.plan.channelwise import ChannelwisePlan, Schedule, plan
+from mace_fast.kernels.ops.clusters import Clusters
+from mace_fast.kernels.plan.channelwise import CLUSTER_SHARES, ChannelwisePlan, Schedule, plan
 from mace_fast.kernels.plan.sharing import share
 from mace_fast.kernels.source.channelwise import OVERFLOW_THREADS, Variant, cpu_source, cuda_source, overflow_source
 from mace_fast.kernels.source.fitted import fitted_source
@@ -34,10 +35,6 @@ def sizes(y: Tensor, graph: Graph) -> tuple[int, int]:
     """(receivers, edges)"""
     row = graph[3]
     return (y.shape[0] if row is None else row.shape[0] - 1), y.shape[0]
-
-
-def _row_strides(x: Tensor, y: Tensor, w: Tensor | None) -> tuple[int, int, int]:
-    return x.shape[1], y.shape[1], (0 if w is None or w.dim() == 1 else w.shape[1])
 
 
 @lru_cache(maxsize=512)
@@ -95,100 +92,129 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _run_cpu(
-    key: str,
-    variant: Variant,
-    operands: Operands,
-    tangents: Tangents,
-    graph: Graph,
-    outputs: tuple[Any, ...],
-    spline: Spline,
-) -> None:
-    x, y, w = operands
-    function = _cpu_function(key, x.element_size(), variant)
-    sender, _, order, row, _, _, poison = graph
-    receivers, _ = sizes(y, graph)
+class Call(NamedTuple):
+    """A kernel of a description and what it works on. Tensors are contiguous.
+
+    Attributes:
+        key: of the description.
+        operands: x, y, w; no w where a spline gives the weights.
+        graph: which x an edge reads, and which z it adds to.
+        outputs: forward's (z, its row length), or backward's (g, its row length, dx, dy in ``gradient_parts``, dw,
+            first, end). Only the edges from ``first`` up to ``end`` are worked on, and ``dx`` has rows from ``first``
+            on; without a spline these are all.
+        tangents: of the operands; None stands for zeros.
+        schedule: on a GPU, instead of what the plan chooses.
+        clusters: lists that a schedule of clusters needs; rows of ``dx`` are then written where runs of edges begin.
+    """
+
+    key: str
+    variant: Variant
+    operands: Operands
+    graph: Graph
+    outputs: tuple[Any, ...]
+    tangents: Tangents = (None, None, None)
+    spline: Spline = NO_SPLINE
+    schedule: Schedule | None = None
+    clusters: Clusters | None = None
+
+    @property
+    def item_bytes(self) -> int:
+        return self.operands[0].element_size()
+
+    @property
+    def row_strides(self) -> tuple[int, int, int]:
+        """Of x, y and w; 0 for one set of weights."""
+        x, y, w = self.operands
+        return x.shape[1], y.shape[1], (0 if w is None or w.dim() == 1 else w.shape[1])
+
+
+def run_kernel(call: Call) -> None:
+    """Run a kernel on the device of its operands."""
+    if on_gpu(call.operands[0]):
+        _run_cuda(call)
+    else:
+        _run_cpu(call)
+
+
+def _run_cpu(call: Call) -> None:
+    function = _cpu_function(call.key, call.item_bytes, call.variant)
+    sender, _, order, row, _, _, poison = call.graph
+    receivers, _ = sizes(call.operands[1], call.graph)
     function(
         _pointer(order),
         _pointer(row),
         _pointer(sender),
         float(poison) if poison is not None else 0.0,
         receivers,
-        *(_pointer(t) for t in (x, y, w, *tangents)),
-        *_row_strides(x, y, w),
-        *(_pointer(t) for t in spline[:3]),
-        *spline[3:],
-        *(value if isinstance(value, int) else _pointer(value) for value in outputs),
+        *(_pointer(t) for t in (*call.operands, *call.tangents)),
+        *call.row_strides,
+        *(_pointer(t) for t in call.spline[:3]),
+        *call.spline[3:],
+        *(value if isinstance(value, int) else _pointer(value) for value in call.outputs),
         cpu_threads(),
     )
 
 
-def _run_cuda(
-    key: str,
-    variant: Variant,
-    operands: Operands,
-    tangents: Tangents,
-    graph: Graph,
-    outputs: tuple[Any, ...],
-    spline: Spline,
-    schedule: Schedule | None,
-) -> None:
-    x, y, w = operands
-    launch = cuda_launch(key, x.element_size(), variant, x.device, schedule)
-    layout = launch.layout
-    receivers, edges = sizes(y, graph)
+def _run_cuda(call: Call) -> None:
+    x = call.operands[0]
+    launch = cuda_launch(call.key, call.item_bytes, call.variant, x.device, call.schedule)
+    receivers, edges = sizes(call.operands[1], call.graph)
     if receivers == 0:
         return
-    sender, receiver, order, row, _, _, poison = graph
+    of_clusters = 0 if call.clusters is None else call.clusters.receivers
+    if of_clusters != launch.layout.schedule.cluster:
+        raise ValueError(f"lists of clusters of {of_clusters} receivers for a plan of {launch.layout.schedule.cluster}")
+    if call.clusters is not None:
+        _run_clusters(call, call.clusters, launch, receivers, edges)
+        return
+    layout, (sender, receiver, order, row, _, _, poison) = launch.layout, call.graph
     work = share(layout, receivers, edges, windows=row is not None, side_by_side=launch.kernels[0][2])
+    lists = (order, row, sender, receiver, poison, receivers, *work.numbers)
     grid = (work.blocks, layout.channel_blocks * work.parts)
-    block = (layout.warps * 32, layout.groups, 1)
-    strides = _row_strides(x, y, w)
-    read = [_aligned(t) for t in (x, y, w, *tangents)]
-    head = (order, row, sender, receiver, poison, receivers, *work.numbers, *read, *strides, *spline)
-    tail: tuple[Any, ...]
-    if variant.backward:
-        g, g_row, *gradients = outputs
-        tail = (_aligned(g), g_row, *gradients, edges)
-    else:
-        z, z_row = outputs
+    if call.variant.backward:
+        _launch(call, launch, grid, lists, _gradients(call, edges))
+        return
+    z, z_row = call.outputs
+    partial = None
+    if work.partial_sums:
         # Parts and windows write what the product writes, no more.
-        make = z.new_empty if ChannelwiseTensorProduct.parse(key).covers_z else z.new_zeros
-        partial = None
-        if work.partial_sums:
-            partial = make((work.partial_sums, z_row))
-        tail = (z, partial, z_row)
-    for entry, shared, depth in launch.kernels:
-        launch.module.launch(entry, (*grid, depth), block, shared, head + tail)
-    if not variant.backward and partial is not None:
-        wide = _ALIGNMENT // x.element_size()
+        make = z.new_empty if ChannelwiseTensorProduct.parse(call.key).covers_z else z.new_zeros
+        partial = make((work.partial_sums, z_row))
+    _launch(call, launch, grid, lists, (z, partial, z_row))
+    if partial is not None:
+        wide = _ALIGNMENT // call.item_bytes
         vector = wide if z_row % wide == 0 else 1
-        overflow = load_cuda(overflow_source(x.element_size(), vector), x.device)
+        overflow = load_cuda(overflow_source(call.item_bytes, vector), x.device)
         columns = -(-z_row // (vector * OVERFLOW_THREADS))
         in_turn = min(receivers, max(1, _OVERFLOW_BLOCKS // columns))
         sums = (z, partial, row, receivers, work.limit, work.parts, work.blocks * layout.groups, z_row)
         overflow.launch("overflow", (in_turn, columns, 1), (OVERFLOW_THREADS, 1, 1), 0, sums)
 
 
+def _run_clusters(call: Call, clusters: Clusters, launch: Launch, receivers: int, edges: int) -> None:
+    layout = launch.layout
+    sender, receiver, *_, poison = call.graph
+    count = clusters.row.shape[0] - 1
+    lists = (clusters.order, clusters.row, sender, receiver, poison, receivers, 1, count, 1, CLUSTER_SHARES)
+    _launch(call, launch, (count * (CLUSTER_SHARES // layout.groups), 1), lists, _gradients(call, edges))
+
+
+def _launch(
+    call: Call, launch: Launch, grid: tuple[int, int], lists: tuple[Any, ...], outputs: tuple[Any, ...]
+) -> None:
+    """All kernels of a launch, with arguments as cuda_source declares them."""
+    read = [_aligned(t) for t in (*call.operands, *call.tangents)]
+    arguments = (*lists, *read, *call.row_strides, *call.spline, *outputs)
+    block = (launch.layout.warps * 32, launch.layout.groups, 1)
+    for entry, shared, depth in launch.kernels:
+        launch.module.launch(entry, (*grid, depth), block, shared, arguments)
+
+
+def _gradients(call: Call, edges: int) -> tuple[Any, ...]:
+    g, g_row, *gradients = call.outputs
+    return (_aligned(g), g_row, *gradients, edges)
+
+
 def _aligned(tensor: Tensor | None) -> Tensor | None:
     """The same numbers at an address that wide loads accept; only a view into the middle of a row is copied."""
     return tensor.clone() if tensor is not None and tensor.data_ptr() % _ALIGNMENT else tensor
-
-
-def run_kernel(
-    key: str,
-    variant: Variant,
-    operands: Operands,
-    tangents: Tangents,
-    graph: Graph,
-    outputs: tuple[Any, ...],
-    spline: Spline = NO_SPLINE,
-    schedule: Schedule | None = None,
-) -> None:
-    """Run one kernel of a description; operands are contiguous, outputs (z, its row length), or (g, its row length, dx,
-    dy in ``gradient_parts``, dw, first, end). Only the edges from ``first`` up to ``end`` are worked on, and ``dx`` has
-    rows from ``first`` on; without a spline these are all. ``schedule`` overrides what the plan chooses for a GPU."""
-    if on_gpu(operands[0]):
-        _run_cuda(key, variant, operands, tangents, graph, outputs, spline, schedule)
-    else:
-        _run_cpu(key, variant, operands, tangents, graph, outputs, spline)

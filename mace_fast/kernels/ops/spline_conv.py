@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
-from mace_fast.kernels.ops.channelwise_run import Spline, gradient_parts, run_kernel
+from mace_fast.kernels.ops.channelwise_run import Call, Spline, gradient_parts, run_kernel
 from mace_fast.kernels.ops.sender_sum import sum_at_senders
 from mace_fast.kernels.source.channelwise import Variant
 
@@ -170,15 +170,8 @@ def _spline_conv(x: Tensor, y: Tensor, radius: Tensor, *rest: Any) -> Tensor:
     make = x.new_empty if description.covers_z else x.new_zeros
     z = make((graph[3].shape[0] - 1, description.z_dim))
     variant = Variant(False, False, order=spline[1].shape[1])
-    run_kernel(
-        key,
-        variant,
-        (x.contiguous(), y.contiguous(), None),
-        (None, None, None),
-        _graph_for_kernels(graph),
-        (z, description.z_dim),
-        _spline_for_kernels(radius.contiguous(), spline),
-    )
+    operands, of_length = (x.contiguous(), y.contiguous(), None), _spline_for_kernels(radius.contiguous(), spline)
+    run_kernel(Call(key, variant, operands, _graph_for_kernels(graph), (z, description.z_dim), spline=of_length))
     return z
 
 
@@ -210,15 +203,9 @@ def _backward(
     x_of_edges = make((min(stretch, edges), description.x_dim)) if want_x else x.new_empty(0)
     for first in range(0, max(edges, 1), stretch):
         end = min(first + stretch, edges)
-        run_kernel(
-            key,
-            variant,
-            (x, y, None),
-            (None, None, None),
-            _graph_for_kernels(graph),
-            (g, description.z_dim, x_of_edges, edge_grad, None, first, end),
-            _spline_for_kernels(radius, spline),
-        )
+        outputs = (g, description.z_dim, x_of_edges, edge_grad, None, first, end)
+        of_length = _spline_for_kernels(radius, spline)
+        run_kernel(Call(key, variant, (x, y, None), _graph_for_kernels(graph), outputs, spline=of_length))
         if want_x:
             per_sender = stretch / max(x.shape[0], 1)
             sum_at_senders(x_of_edges, sender_order, sender_row, dx, first, end, per_sender)

@@ -35,6 +35,15 @@ _COPY_BYTES = 16
 _GROUPS = 4
 """Receivers that a block works on where one warp has all channels, unless shared memory makes their tiles too short."""
 
+_CLUSTER_GROUPS = 8
+"""Groups of a block that works on a cluster of receivers."""
+
+CLUSTER_SHARES = 8
+"""Into which the edges of a cluster are divided, a group of warps for each; a multiple of the groups of a block."""
+
+CLUSTER_BYTES = 160 * 1024
+"""Shared memory that a block with a cluster may take: what sm_80 gives."""
+
 _SHORT_TILE = 8
 """Edges of a tile below which a block takes one receiver instead."""
 
@@ -116,12 +125,16 @@ class Schedule:
         prefetch: whether operands of the next edge are loaded while the current one is worked on.
         ring: edges whose weights and x are in shared memory or on their way there, instead of in registers: 0 (none),
             or 3 and more. For products whose channels fill all warps, with weights that lie side by side.
+        cluster: receivers whose edges a block of backward goes through by sender, their gradients in shared memory:
+            0 (each receiver has a group of its own), or a few. For weights that are read, of products whose channels
+            one warp has all.
     """
 
     vector: int = 1
     registers: int = OUTPUT_REGISTERS
     prefetch: bool = True
     ring: int = 0
+    cluster: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,7 +184,8 @@ class ChannelwisePlan:
         weighted = 16 if self.role.spline else 0
         rings = self.warps * self.ring_numbers(segment)
         numbers = rings + forms + gradients + places
-        return (numbers * self.item_bytes + 3 * segment.tile * 4 + weighted) * self.groups
+        of_groups = (numbers * self.item_bytes + 3 * segment.tile * 4 + weighted) * self.groups
+        return of_groups + self.schedule.cluster * segment.z_registers * 32 * self.schedule.vector * self.item_bytes
 
     def ring_numbers(self, segment: SegmentPlan) -> int:
         """Numbers of a warp's ring, as the header's ``Ring`` lays it out."""
@@ -205,7 +219,8 @@ class ChannelwisePlan:
         held = operands * (2 if self.schedule.prefetch else 1)
         if self.role.backward:
             # gradients of x, and of y for one chunk of 16; the outputs' gradients carry no tangent
-            outputs = segment.z_registers / (2 if self.role.dual else 1) + segment.x_registers
+            of_z = 5 if self.schedule.cluster else segment.z_registers  # of one path at a time
+            outputs = of_z / (2 if self.role.dual else 1) + segment.x_registers
             fixed = 16 * words
         else:
             outputs, fixed = segment.z_registers, 0
@@ -219,6 +234,7 @@ class ChannelwisePlan:
             f"{'all lanes busy' if self.exact else 'some lanes idle'}, {len(self.segments)} segment(s)"
             + (f" {many}" if len(self.segments) > 1 else "")
             + (f", a ring of {self.schedule.ring} edges in shared memory" if self.schedule.ring else "")
+            + (f", {self.schedule.cluster} receivers a block, by sender" if self.schedule.cluster else "")
             + (f", {len(self.alike)} of them distinct" if len(self.alike) < len(self.segments) else "")
         ]
         for number, segment in enumerate(self.segments):
@@ -398,7 +414,13 @@ def _plan(description: ChannelwiseTensorProduct, item_bytes: int, role: Role, sc
     limit = schedule.registers * 4 // (item_bytes * schedule.vector)
     groups_of_paths, together = split(flat, limit)
     form_bytes = item_bytes * (2 if role.dual else 1)
-    for groups in (_GROUPS, 1) if warps == 1 and not schedule.ring else (1,):
+    if schedule.cluster:
+        several: tuple[int, ...] = (_CLUSTER_GROUPS,)
+    elif warps == 1 and not schedule.ring:
+        several = (_GROUPS, 1)
+    else:
+        several = (1,)
+    for groups in several:
         written: set[int] = set()
         segments = []
         for paths in groups_of_paths:
@@ -420,7 +442,18 @@ def _plan(description: ChannelwiseTensorProduct, item_bytes: int, role: Role, sc
     )
     if schedule.ring:
         _require_ring(layout, description)
+    if schedule.cluster:
+        _require_cluster(layout)
     return layout
+
+
+def _require_cluster(layout: ChannelwisePlan) -> None:
+    role, schedule = layout.role, layout.schedule
+    if not role.backward or role.spline or schedule.ring or layout.warps > 1 or layout.channel_blocks > 1:
+        raise ValueError("clusters are for gradients, of products whose channels one warp has all, with weights read")
+    most = max(layout.shared_bytes(segment, want_y=True) for segment in layout.segments)
+    if most > CLUSTER_BYTES:
+        raise ValueError(f"a cluster of {schedule.cluster} receivers takes {most} bytes of shared memory")
 
 
 def _require_ring(layout: ChannelwisePlan, d: ChannelwiseTensorProduct) -> None:

@@ -35,6 +35,7 @@ _CUDA_HEADERS = (
     "channelwise_walk.cuh",
     "channelwise_gradient.cuh",
     "channelwise_conv.cuh",
+    "channelwise_clusters.cuh",
 )
 
 
@@ -275,7 +276,7 @@ def cuda_source(
     ctype = _ctype(item_bytes)
     dual = "true" if variant.dual else "false"
     text = [
-        '#include "channelwise_conv.cuh"',
+        f'#include "channelwise_{"clusters" if layout.schedule.cluster else "conv"}.cuh"',
         f"namespace problem {{\ntypedef {ctype} T;",
         _USING,
         "template <class V> MF_INLINE V zero(V) { return V(); }",
@@ -322,7 +323,12 @@ def cuda_source(
         for numbers in members:
             segment = f"problem::segment{numbers[0]}::Segment"
             image = f"int(blockIdx.z) - {place}"
-            if variant.backward:
+            if variant.backward and layout.schedule.cluster:
+                call = (
+                    f"mf::conv_backward_clusters<{segment}, {dual}, {_wants(variant)}, {layout.schedule.cluster}>"
+                    f"(graph, in, tangent, spline, {image}, g, g_row, dx, dy, dw, edges, {numbers[0]} + {image});"
+                )
+            elif variant.backward:
                 call = (
                     f"mf::conv_backward<{segment}, {dual}, {_wants(variant)}>(graph, {stretch}, in, tangent, spline, {image}, "
                     f"g, g_row, dx, dy, dw, edges, {numbers[0]} + {image});"

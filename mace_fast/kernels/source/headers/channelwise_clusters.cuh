@@ -1,0 +1,113 @@
+// Backward for edges whose receivers are neighbours in the list of nodes: a cluster of RECEIVERS of them.
+//
+// Neighbours receive from mostly the same senders. A block holds the output gradients of all receivers of a cluster in shared
+// memory and goes through their edges in the order of the senders: x is read once for all edges between a sender and the
+// cluster, a run, and they add up to one row of dx. It stands at the place of the run's first edge; the rows of other places
+// are not written, and nobody reads them. A group of one warp works on one of `graph.parts` shares of a cluster's edges, where
+// runs end too. `graph.order` and `graph.row` list edges by cluster and sender; `graph.groups` is the number of clusters.
+#pragma once
+#include "channelwise_gradient.cuh"
+
+namespace mf {
+
+// Output gradients of a cluster in shared memory, [RECEIVERS][NZ][channels of a warp].
+template <class S, int RECEIVERS> struct ClusterGradients {
+    typedef typename S::T T;
+    typedef typename ChannelsOf<T, S::VEC>::type C;
+    static constexpr int WIDTH = 32 * S::VEC, RECEIVER = S::NZ * WIDTH;
+    MF_INLINE static constexpr int bytes() { return RECEIVERS * RECEIVER * int(sizeof(T)); }
+
+    // By all threads of a block.
+    MF_INLINE static void read(T* into, const T* g, index_t g_row, index_t first, index_t receivers, int u, int image) {
+        for (int item = threadIdx.y; item < 2 * RECEIVERS; item += blockDim.y) {
+            const index_t n = first + item / 2;
+            if (n >= receivers) continue;
+            const T* row = g + n * g_row + u;
+            T* target = into + item / 2 * RECEIVER + u;
+            S::Z::each([&](auto slot) {
+                typedef decltype(slot) Slot;
+#pragma unroll
+                for (int k = 0; k < Slot::DIM; ++k)
+                    if ((Slot::BASE + k) % 2 == item % 2)
+                        store(target + (Slot::BASE + k) * WIDTH,
+                              EdgeOperands<S, false, false>::read(row + Slot::offset(image) + k * Slot::MUL,
+                                                                  S::EXACT || u < Slot::MUL));
+            });
+        }
+        __syncthreads();
+    }
+};
+
+template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W, int RECEIVERS>
+MF_INLINE void conv_backward_clusters(const Graph& graph, const Operands<typename S::T>& in,
+                                      const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline,
+                                      int image, const typename S::T* g, index_t g_row, typename S::T* dx,
+                                      typename S::T* dy, typename S::T* dw, index_t edges, int share) {
+    static_assert(S::WARPS == 1 && S::CHANNEL_BLOCKS == 1 && S::ORDER == 0 && S::RING == 0, "one warp, weights read");
+    typedef typename S::T T;
+    typedef EdgeGradient<S, DUAL, WANT_X, WANT_Y, WANT_W> Gradient;
+    typedef typename Gradient::Edge Edge;
+    typedef typename Edge::C C;
+    typedef ClusterGradients<S, RECEIVERS> Gradients;
+    extern __shared__ __align__(16) char memory[];
+    T* gradients = reinterpret_cast<T*>(memory);
+    const Shared<S, DUAL> shared(memory + Gradients::bytes() + threadIdx.y * Shared<S, DUAL>::bytes(WANT_Y), WANT_Y);
+    const int lane = threadIdx.x, u = lane * S::VEC;
+    const int parts = graph.parts / blockDim.y;  // blocks that share a cluster
+    const index_t cluster = blockIdx.x / parts, first = cluster * RECEIVERS;
+    Gradients::read(gradients, g, g_row, first, graph.receivers, u, image);
+
+    const index_t begin = graph.row[cluster], stop = graph.row[cluster + 1];
+    const index_t size = (stop - begin + graph.parts - 1) / graph.parts;
+    index_t position = begin + (blockIdx.x % parts * blockDim.y + threadIdx.y) * size;
+    const index_t end = position + size < stop ? position + size : stop;
+    T* dy_part = dy + share * edges * S::OUT;
+    const Gradient gradient{shared, spline, image, u, lane, 0, dw};
+    typename Gradient::OfX of_x;
+    Edge current, next;
+    index_t run = -1;  // where it began
+    int run_sender = -1;
+    for (; position < end; position += S::TILE) {
+        const int count = end - position < S::TILE ? int(end - position) : S::TILE;
+        couple_tile<S, DUAL>(shared, graph, in, tangent.y, spline, position, count);
+        if (lane < count) shared.interval[lane] = int(graph.receiver[shared.edge[lane]] - first);
+        __syncwarp();
+        if (S::PREFETCH) {
+            if (shared.sender[0] != run_sender) current.load_x(in, tangent, shared, 0, u, image);
+            current.load_w(in, tangent, spline, shared, 0, u, image);
+        }
+        for (int slot = 0; slot < count; ++slot) {
+            const int sender = shared.sender[slot];
+            if (!S::PREFETCH) {
+                if (sender != run_sender) current.load_x(in, tangent, shared, slot, u, image);
+                current.load_w(in, tangent, spline, shared, slot, u, image);
+            } else if (slot + 1 < count) {
+                if (shared.sender[slot + 1] != sender) next.load_x(in, tangent, shared, slot + 1, u, image);
+                else next.copy_x(current);
+                next.load_w(in, tangent, spline, shared, slot + 1, u, image);
+            }
+            if (sender != run_sender) {
+                if (WANT_X && run >= 0) gradient.write_x(of_x, dx + run * S::X_ROW + u);
+                of_x.clear();
+                run = position + slot;
+                run_sender = sender;
+            }
+            const T* of_receiver = gradients + shared.interval[slot] * Gradients::RECEIVER + u;
+            typename Gradient::OfY of_y;
+            of_y.clear();
+            gradient.add(slot, current, of_x, of_y, [&](auto path, C* room) -> const C* {
+                typedef decltype(path) Path;
+#pragma unroll
+                for (int k = 0; k < Path::DZ; ++k)
+                    room[k] = shared_load(of_receiver + (Path::Z + k) * Gradients::WIDTH, C());
+                return room;
+            });
+            if (WANT_Y) gradient.leave_y(slot, of_y);
+            if (S::PREFETCH && slot + 1 < count) current = next;
+        }
+        if (WANT_Y) write_y<S, DUAL>(shared, count, dy_part);
+    }
+    if (WANT_X && run >= 0) gradient.write_x(of_x, dx + run * S::X_ROW + u);
+}
+
+}  // namespace mf
