@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-# mace before anything that imports e3nn: it lets e3nn read its constants under torch >= 2.6.
+import mace_fast._mace  # noqa: F401  (before every other import of mace)
+
+# isort: split
 from mace.calculators import foundations_models
 from mace.modules import MACE, AtomicDielectricMACE, AtomicDipolesMACE, EnergyDipolesMACE, ScaleShiftMACE
 from mace.tools.utils import get_cache_dir

@@ -12,10 +12,10 @@ import ase.io
 import pytest
 import torch
 
-import mace_fast.cli.models as models_module
 from mace_fast import zoo
 from mace_fast.cli import main
 from mace_fast.loading import load_model, model_dtype
+from mace_fast.patch import api
 from mace_fast.patch.api import convert
 
 
@@ -129,7 +129,7 @@ def test_convert_leaves_nothing_when_writing_fails(
         path.write_bytes(b"half a model")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(models_module.torch, "save", fail)
+    monkeypatch.setattr(torch, "save", fail)
     arguments = ("convert", folder / "my.model", "-o", tmp_path / "fast.model", "--no-verify")
     status, _, err = run(capsys, *arguments)
     assert status == 1 and "error: No space left" in err
@@ -140,7 +140,7 @@ def test_convert_writes_nothing_that_is_not_equal(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = load_model(folder / "broken.model")
-    monkeypatch.setattr(models_module, "convert_model", lambda model, verify: broken)
+    monkeypatch.setattr(api, "convert", lambda model, verify: broken)
     status, out, err = run(capsys, "convert", folder / "my.model", "-o", tmp_path / "fast.model", "--json")
     assert status == 1 and out == "" and "error:" in err
     assert list(tmp_path.iterdir()) == []

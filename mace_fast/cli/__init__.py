@@ -1,4 +1,8 @@
-"""The command line: ``mace-fast convert | verify | info | bench | md | relax``."""
+"""The command line: ``mace-fast convert | verify | info | bench | md | relax``.
+
+Commands import what they work with when they are called: torch and mace-torch take seconds, which nobody who asks for
+help, or mistypes an option, should wait for.
+"""
 
 from __future__ import annotations
 

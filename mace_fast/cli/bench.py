@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
-from ase import Atoms
-from ase.calculators.calculator import Calculator
-from ase.data import atomic_numbers, chemical_symbols, covalent_radii, reference_states
-from mace.calculators import MACECalculator
 from rich.table import Table
 
-from mace_fast.calculators import MACEFastCalculator
 from mace_fast.cli.console import print_json, progress_bar, say, stdout
 from mace_fast.cli.options import (
     Device,
@@ -28,10 +23,13 @@ from mace_fast.cli.options import (
     read_structure,
     usage_errors,
 )
-from mace_fast.loading import load_model, model_dtype, require_energy_model
 from mace_fast.md.settings import MDSettings
-from mace_fast.md.speed import Timing, time_steps
-from mace_fast.zoo import alloy, diamond
+
+if TYPE_CHECKING:
+    from ase import Atoms
+    from ase.calculators.calculator import Calculator
+
+    from mace_fast.md.speed import Timing
 
 _SIZES = (64, 256)
 _MOST_ELEMENTS = 4  # of the 89 that a foundation model knows
@@ -63,6 +61,12 @@ def bench(
 
     Example: mace-fast bench medium-mpa-0 --atoms 64 --atoms 256
     """
+    from mace_fast.calculators import MACEFastCalculator
+    from mace_fast.loading import load_model, model_dtype, require_energy_model
+
+    # After mace_fast, which imports mace quietly.
+    from mace.calculators import MACECalculator  # isort: skip
+
     place = choose_device(device)
     original = require_energy_model(load_model(model, place, dtype))
     precision = str(model_dtype(original)).removeprefix("torch.")
@@ -84,6 +88,8 @@ def bench(
 
 
 def _timed(atoms: Atoms, calculators: dict[str, Calculator], steps: int) -> dict[str, Timing]:
+    from mace_fast.md.speed import time_steps
+
     settings = MDSettings(steps=steps, ensemble="nve", timestep=1.0)
     with progress_bar() as progress:
         task = progress.add_task(f"{len(atoms)} atoms", total=len(calculators) * (steps + 2), status="")
@@ -94,19 +100,23 @@ def _crystal(numbers: list[int], num_atoms: int) -> Atoms:
     """About ``num_atoms`` atoms of elements that the model knows: diamond where it knows carbon, else an
     fcc alloy.
     """
+    from ase.data import atomic_numbers, chemical_symbols, covalent_radii, reference_states
+
+    from mace_fast.zoo import alloy, diamond
+
     if atomic_numbers["C"] in numbers:
         return diamond(8 * max(1, round((num_atoms / 8) ** (1 / 3))) ** 3)
     metals = [z for z in numbers if (reference_states[z] or {}).get("symmetry") == "fcc"]
     chosen = (metals or numbers)[:_MOST_ELEMENTS]
     # In an fcc crystal nearest neighbours are a/sqrt(2) apart: two covalent radii.
-    constant = 2 * math.sqrt(2) * float(np.mean([covalent_radii[z] for z in chosen]))
+    constant = 2 * math.sqrt(2) * statistics.fmean(float(covalent_radii[z]) for z in chosen)
     repeats = max(1, round((num_atoms / 4) ** (1 / 3)))
     return alloy((repeats,) * 3, symbols=[chemical_symbols[z] for z in chosen], constant=constant)
 
 
 def _row(atoms: Atoms, timings: dict[str, Timing]) -> dict[str, Any]:
     fast, reference = timings["mace_fast"], timings["mace-torch"]
-    difference = float(np.abs(fast.forces - reference.forces).max())
+    difference = float(abs(fast.forces - reference.forces).max())
     return {
         "formula": atoms.get_chemical_formula(),
         "atoms": len(atoms),
@@ -114,7 +124,7 @@ def _row(atoms: Atoms, timings: dict[str, Timing]) -> dict[str, Any]:
         "mace_torch_ms": 1000 * reference.median,
         "speedup": reference.median / fast.median,
         "largest_force_difference": difference,
-        "largest_force": float(np.abs(reference.forces).max()),
+        "largest_force": float(abs(reference.forces).max()),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -21,11 +21,11 @@ from mace_fast.cli.running import (
     model_identity,
 )
 from mace_fast.files import published
-from mace_fast.md.dynamics import LOG_FILE, PICTURE_FILE, MDResult, require_unused, run, trajectory_name
-from mace_fast.md.files import Sample
-from mace_fast.md.picture import draw_run
-from mace_fast.md.restart import RESTART_FILE
 from mace_fast.md.settings import MDSettings
+
+if TYPE_CHECKING:
+    from mace_fast.md.dynamics import MDResult
+    from mace_fast.md.files import Sample
 
 
 class Ensemble(str, Enum):
@@ -182,6 +182,11 @@ def md(
             trajectory=trajectory.value,
             restart_interval=restart_interval,
         )
+
+    from mace_fast.md.dynamics import PICTURE_FILE, require_unused, run
+    from mace_fast.md.picture import draw_run
+    from mace_fast.md.restart import RESTART_FILE
+
     if not overwrite and not (restart and (output / RESTART_FILE).exists()):
         require_unused(output)
         if restart:
@@ -230,6 +235,9 @@ def status_line(sample: Sample, num_atoms: int, ns_per_day: float) -> str:
 
 def summary_table(result: MDResult, output: Path) -> Table:
     """A run in a few lines."""
+    from mace_fast.md.dynamics import LOG_FILE, PICTURE_FILE, trajectory_name
+    from mace_fast.md.restart import RESTART_FILE
+
     summary = result.summary()
     table = Table.grid(padding=(0, 2))
     table.add_row("atoms", str(result.num_atoms))

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from ase import Atoms
-from ase.data import chemical_symbols
-from mace.modules import MACE, EquivariantProductBasisBlock
 from rich import box
 from rich.table import Table
 
@@ -18,11 +14,14 @@ from mace_fast.cli.console import print_json, progress_bar, require_new, stdout
 from mace_fast.cli.options import Device, Dtype, Force, Json, Model, NoVerify, choose_device, read_structure
 from mace_fast.errors import VerificationError
 from mace_fast.files import published
-from mace_fast.loading import load_model, model_dtype
-from mace_fast.patch.api import convert as convert_model
-from mace_fast.patch.api import verify as verify_models
-from mace_fast.patch.match import Match, Status, match
-from mace_fast.verification import EquivalenceReport
+
+if TYPE_CHECKING:
+    import torch
+    from ase import Atoms
+    from mace.modules import MACE, EquivariantProductBasisBlock
+
+    from mace_fast.patch.match import Match, Status
+    from mace_fast.verification import EquivalenceReport
 
 
 def convert(
@@ -42,6 +41,13 @@ def convert(
     Example: mace-fast convert my.model -o fast.model
     """
     require_new(output, force)
+
+    import torch
+
+    from mace_fast.loading import load_model
+    from mace_fast.patch.api import convert as convert_model
+    from mace_fast.patch.match import match
+
     place = choose_device(device)
     original = load_model(model, place, dtype)
     fast = convert_model(original, verify=False)
@@ -92,6 +98,9 @@ def verify(
 
     Example: mace-fast verify my.model
     """
+    from mace_fast.loading import load_model
+    from mace_fast.patch.api import convert as convert_model
+
     place = choose_device(device)
     original = load_model(model, place, dtype)
     if converted is None:
@@ -112,6 +121,9 @@ def info(model: Model, json: Json = False) -> None:
 
     Example: mace-fast info medium-mpa-0
     """
+    from mace_fast.loading import load_model
+    from mace_fast.patch.match import match
+
     loaded = load_model(model)
     matches = match(loaded)
     facts = _facts(loaded)
@@ -128,6 +140,8 @@ def info(model: Model, json: Json = False) -> None:
 def _verify(
     original: torch.nn.Module, fast: torch.nn.Module, structures: list[Atoms] | None = None
 ) -> EquivalenceReport:
+    from mace_fast.patch.api import verify as verify_models
+
     with progress_bar() as bar:
         task = bar.add_task("verifying", total=None, status="")
 
@@ -138,11 +152,15 @@ def _verify(
 
 
 def _dtype_name(model: torch.nn.Module) -> str:
+    from mace_fast.loading import model_dtype
+
     return str(model_dtype(model)).removeprefix("torch.")
 
 
 def _facts(model: MACE) -> dict[str, Any]:
     """What there is to say about a MACE model, read from its live modules."""
+    from ase.data import chemical_symbols
+
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {
         "class": type(model).__name__,

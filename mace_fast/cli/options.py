@@ -6,16 +6,16 @@ import contextlib
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from ase import Atoms
-from ase.io import read as read_structure_file
 
 from mace_fast.cli.console import say
 from mace_fast.errors import StructureError
-from mace_fast.loading import resolve_device
+
+if TYPE_CHECKING:
+    import torch
+    from ase import Atoms
 
 
 class Precision(str, Enum):
@@ -59,6 +59,10 @@ def usage_errors() -> Iterator[None]:
 
 def choose_device(device: str | None) -> torch.device:
     """The device asked for, or the best there is, which is then said."""
+    import torch
+
+    from mace_fast.loading import resolve_device
+
     if device is not None:
         with usage_errors():
             return resolve_device(device)
@@ -73,10 +77,13 @@ def read_structure(path: Path) -> Atoms:
     Raises:
         StructureError: the file is missing or not understood.
     """
+    from ase import Atoms
+    from ase.io import read
+
     if not path.is_file():
         raise StructureError(f"{path}: no such structure file")
     try:
-        atoms = read_structure_file(path, index=-1)
+        atoms = read(path, index=-1)
     except Exception as exc:  # each of ASE's many readers raises errors of its own
         raise StructureError(f"{path}: ASE cannot read it ({type(exc).__name__}: {exc})") from exc
     assert isinstance(atoms, Atoms)

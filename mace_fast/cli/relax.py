@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -15,10 +15,9 @@ from mace_fast.cli.options import Device, Dtype, Head, Json, ModelOption, NoVeri
 from mace_fast.cli.running import INTERRUPTED, Overwrite, Repeat, Structure, interrupt_flag, make_calculator
 from mace_fast.errors import MaceFastError
 from mace_fast.files import published
-from mace_fast.md.dynamics import PICTURE_FILE, require_unused
-from mace_fast.md.picture import draw_relaxation
-from mace_fast.md.relax import RelaxResult, RelaxRow, RelaxSettings
-from mace_fast.md.relax import relax as relax_atoms
+
+if TYPE_CHECKING:
+    from mace_fast.md.relax import RelaxResult, RelaxRow
 
 
 class Optimizer(str, Enum):
@@ -76,6 +75,11 @@ def relax(
 
     Under 10 GPa: mace-fast relax structure.cif -m my.model --cell full --pressure 10
     """
+    from mace_fast.md.dynamics import PICTURE_FILE, require_unused
+    from mace_fast.md.picture import draw_relaxation
+    from mace_fast.md.relax import RelaxSettings
+    from mace_fast.md.relax import relax as relax_atoms
+
     with usage_errors():
         settings = RelaxSettings(
             fmax=fmax,

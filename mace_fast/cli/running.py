@@ -7,14 +7,15 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mace_fast.calculators import MACEFastCalculator
-from mace_fast.calculators.proofs import file_digest
 from mace_fast.cli.console import say
 from mace_fast.cli.options import Precision, choose_device, usage_errors
+
+if TYPE_CHECKING:
+    from mace_fast.calculators import MACEFastCalculator
 
 INTERRUPTED = 130
 
@@ -29,6 +30,8 @@ def make_calculator(
     model: str, device: str | None, dtype: Precision | None, head: str | None, no_verify: bool
 ) -> MACEFastCalculator:
     """The calculator that the shared options describe."""
+    from mace_fast.calculators import MACEFastCalculator
+
     place = choose_device(device)
     say(f"loading and converting {model}" + ("" if no_verify else ", verifying the conversion if it is new here"))
     with usage_errors():
@@ -52,6 +55,8 @@ def say_what_is_proven(calculator: MACEFastCalculator) -> None:
 
 def model_identity(model: str, calculator: MACEFastCalculator) -> dict[str, str]:
     """What must be the same for a run to go on with this model: its bytes (or public name), dtype and head."""
+    from mace_fast.calculators.proofs import file_digest
+
     path = Path(model)
     digest = file_digest(path)
     name = model if digest is None else f"{path.name} ({digest[:12]})"

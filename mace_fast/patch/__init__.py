@@ -22,6 +22,7 @@ What a fast module is
     checking    the comparison on conversion; constants: tables that were rounded to float32
 """
 
+import mace_fast._mace  # noqa: F401  (before every other import of mace)
 from mace_fast.patch.api import convert, describe, patch, restore, verify
 from mace_fast.patch.match import Match, match
 

@@ -4,6 +4,7 @@
 ``EquivalenceReport``. It knows nothing of how the candidate was made.
 """
 
+import mace_fast._mace  # noqa: F401  (before every other import of mace)
 from mace_fast.verification.compare import Progress, compare
 from mace_fast.verification.report import EquivalenceReport, ModuleRow, QuantityRow, StructureInfo
 from mace_fast.verification.structures import default_structures

@@ -11,6 +11,8 @@ Structures: diamond, water, alloy, molecules, edge_case_structures.
 
 from __future__ import annotations
 
+import mace_fast._mace  # noqa: F401  (before every other import of mace)
+
 from .architectures import Architecture, architectures
 from .checkpoint import checkpoint_path
 from .edge_cases import edge_case_structures
