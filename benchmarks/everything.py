@@ -1,6 +1,6 @@
 """Every benchmark that needs a GPU, beside the peers that are installed; results merged into one file a name.
 
-    python -m benchmarks.everything                          # all but tune, one after another: over an hour with peers
+    python -m benchmarks.everything                          # all but tuning, one by one: over an hour with peers
     python -m benchmarks.everything model step               # some of them
     python -m benchmarks.everything --side-by-side 6         # for a GPU paid by the minute
     python -m benchmarks.everything --side-by-side 6 --limit 560 --output results
@@ -73,6 +73,11 @@ COMMANDS = {
     "profile-mp0-medium-64": _one("profile_step --atoms 64"),
     "profile-mp0-medium-1000": _one("profile_step"),
     "tune": _one("tune_conv"),
+    "tune-clusters": _each(
+        "tune_conv --problems nequip-s large-L2 --roles backward backward_tangent --registers 54 80 160 --rings 0 3 4 "
+        "--clusters 0 2 4 8 --at-senders --dtype %",
+        ("float32", "float64"),
+    ),
 }
 """For each name the arguments of its processes, the module first. The order is that in which they are started."""
 
@@ -190,7 +195,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit(f"error: torch {torch.__version__} sees no CUDA device (nvidia-smi shows it)")
     prefix = torch.cuda.get_device_name().split()[1].lower()
-    names = options.names or [name for name in COMMANDS if name != "tune"]
+    names = options.names or [name for name in COMMANDS if not name.startswith("tune")]
     bad = run_all(names, prefix, options.output, max(1, options.side_by_side), options.limit)
     print(*bad, sep="\n", file=sys.stderr)
     sys.exit(1 if bad else 0)
