@@ -18,9 +18,11 @@ def some_atoms(rng: np.random.Generator, count: int, present: tuple[int, ...] | 
 
 
 def some_edges(rng: np.random.Generator, atoms: AtomsBySpecies, count: int) -> tuple[Tensor, Tensor]:
-    """Few lengths, so that many are the same, and some that differ by less than float32 tells apart."""
+    """Few lengths, so that many are the same, some that differ by less than float32 tells apart, and some that are no
+    numbers, of either sign."""
     index = torch.from_numpy(rng.integers(0, atoms.species.shape[0], (2, count)))
-    return index, torch.from_numpy(rng.choice([0.0, 1.5, 1.5 + 1e-12, 3.25, 5.0], count))
+    choices = [0.0, 1.5, 1.5 + 1e-12, 3.25, np.inf, np.nan, np.copysign(np.nan, -1.0)]
+    return index, torch.from_numpy(rng.choice(choices, count))
 
 
 @pytest.mark.parametrize("present", [None, PRESENT])

@@ -109,12 +109,12 @@ def sort_edges(edge_index: Tensor, lengths: Tensor, atoms: AtomsBySpecies) -> So
 
     Args:
         edge_index: [2, E] int64; every index names an atom, as the lengths could not be known otherwise.
-        lengths: [E], not negative.
+        lengths: [E], not negative; what is not a number comes last.
         atoms: N of them.
     """
     nodes = atoms.species.shape[0]
-    # Floats that are not negative sort as their bits do, so that one sort of integers serves for both.
-    key = (edge_index[1] << 32) | lengths.to(torch.float32).view(torch.int32)
+    # Floats that are not negative sort as their bits do, so one sort of integers serves both. A NaN may have a sign.
+    key = (edge_index[1] << 32) | (lengths.to(torch.float32).view(torch.int32) & 0x7FFFFFFF)
     keys, permutation = torch.sort(key, stable=True)
     to, of = keys >> 32, edge_index[0][permutation]
     sender, receiver = of.to(torch.int32), to.to(torch.int32)
