@@ -148,6 +148,21 @@ def test_a_list_that_outgrows_its_program_is_noticed_before_it_runs(
         small.run()
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_modes_of_the_caller_do_not_matter(
+    mode: Any, static: bool, rng: np.random.Generator, model: torch.nn.Module, program: FrozenMACE
+) -> None:
+    structures = as_structures([crystal(rng)], model)
+    (expected,) = Stepper([program], static=static)(structures, stress=True)
+    stepper = Stepper([program], static=static)
+    with mode():
+        (found,) = stepper(structures, stress=True)
+    (again,) = stepper(structures, stress=True)
+    for name, value in expected.items():
+        assert np.array_equal(found[name], value) and np.array_equal(again[name], value), name
+
+
 def test_programs_are_bounded(rng: np.random.Generator, model: torch.nn.Module, program: FrozenMACE) -> None:
     stepper = Stepper([program], static=True, keep=3)
     for atoms in list(WALKS["oddities"](rng)) * 2:

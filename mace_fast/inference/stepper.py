@@ -153,9 +153,10 @@ class Stepper:
             cells = structures.cells
             if stress:
                 cells = _volume_cells(structures, self._cutoff)
-            if self._static:
-                return self._step_static(structures, cells, forces, stress)
-            return self._step_exact(structures, cells, forces, stress)
+            step = self._step_static if self._static else self._step_exact
+            # Forces are derivatives, whatever mode the caller is in.
+            with torch.inference_mode(False):
+                return step(structures, cells, forces, stress)
         except Exception as error:
             self.reset()
             if self.device.type == "cuda" and is_device_error(error):
