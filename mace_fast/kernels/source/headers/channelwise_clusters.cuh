@@ -65,7 +65,8 @@ MF_INLINE void conv_backward_clusters(const Graph& graph, const Operands<typenam
     const Gradient gradient{shared, spline, image, u, lane, 0, dw};
     typename Gradient::OfX of_x;
     Edge current, next;
-    index_t run = -1;  // where it began
+    // The row of the run's sum. As a number of a row, NVVM (CUDA 12.4 to 13.5) wrote later components to wrong columns.
+    T* run_row = nullptr;
     int run_sender = -1;
     for (; position < end; position += S::TILE) {
         const int count = end - position < S::TILE ? int(end - position) : S::TILE;
@@ -87,9 +88,9 @@ MF_INLINE void conv_backward_clusters(const Graph& graph, const Operands<typenam
                 next.load_w(in, tangent, spline, shared, slot + 1, u, image);
             }
             if (sender != run_sender) {
-                if (WANT_X && run >= 0) gradient.write_x(of_x, dx + run * S::X_ROW + u);
+                if (WANT_X && run_row) gradient.write_x(of_x, run_row);
                 of_x.clear();
-                run = position + slot;
+                run_row = dx + (position + slot) * S::X_ROW + u;
                 run_sender = sender;
             }
             const T* of_receiver = gradients + shared.interval[slot] * Gradients::RECEIVER + u;
@@ -107,7 +108,7 @@ MF_INLINE void conv_backward_clusters(const Graph& graph, const Operands<typenam
         }
         if (WANT_Y) write_y<S, DUAL>(shared, count, dy_part);
     }
-    if (WANT_X && run >= 0) gradient.write_x(of_x, dx + run * S::X_ROW + u);
+    if (WANT_X && run_row) gradient.write_x(of_x, run_row);
 }
 
 }  // namespace mf
