@@ -10,6 +10,9 @@
 Problems beyond the table: the families of NequIP, mixed multiplicities, and DiffDock's fully connected ('uvw')
 products, whose weights are thousands of numbers an edge. Rows say how many nodes and edges they were measured with.
 
+Backend mace_fast-clusters is mace_fast with graphs that list clusters of receivers too (``edge_graph(clusters=True)``);
+``graph_ms`` is what making the graph took, once, before.
+
 ``*_ms`` is the device's time of a call, ``*_loop_ms`` that of one of many calls in a row, the host's work included.
 Each backend's results are compared with mace_fast's in the same run before anything is timed; one that differs is not
 timed, its row says so, and the exit status is 1.
@@ -55,10 +58,18 @@ class DifferentResultError(RuntimeError):
     """A peer computes something else than mace_fast."""
 
 
-def _ours(problem: Problem | FullyConnectedProblem, nodes: int, sender: Tensor, receiver: Tensor) -> Conv:
+OURS = {"mace_fast": False, "mace_fast-clusters": True}
+"""Whether the graph, which is made before anything is timed, lists clusters of receivers."""
+
+
+def _ours(
+    problem: Problem | FullyConnectedProblem, nodes: int, sender: Tensor, receiver: Tensor, *, clusters: bool
+) -> Conv:
     description = problem.description()
-    graph = edge_graph(sender, receiver, nodes, nodes)
+    graph = edge_graph(sender, receiver, nodes, nodes, clusters=clusters)
     if isinstance(description, FullyConnectedTensorProduct):
+        if clusters:
+            raise NotImplementedError("fully connected products have no use for clusters of receivers")
         return lambda x, y, w: fully_connected_tp_conv(description, x, y, w, graph)
     return lambda x, y, w: channelwise_tp_conv(description, x, y, w, graph)
 
@@ -94,15 +105,14 @@ def measure(
         "weight_numel": d.weight_numel,
     }
     torch.manual_seed(0)
-    ours = _ours(problem, nodes, sender, receiver)
-    conv, weights = (
-        Peer(ours, lambda w: w) if backend == "mace_fast" else peer(backend, problem, nodes, sender, receiver, dtype)
-    )
-    if backend != "mace_fast":
+    ours = _ours(problem, nodes, sender, receiver, clusters=OURS.get(backend, False))
+    mine = backend in OURS
+    conv, weights = Peer(ours, lambda w: w) if mine else peer(backend, problem, nodes, sender, receiver, dtype)
+    if not mine:
         turn.enter_context(my_turn())
     x = torch.randn(nodes, d.x_dim, dtype=dtype, device=device)
     y, w = (torch.randn(edges, n, dtype=dtype, device=device) for n in (d.y_dim, d.weight_numel))
-    if backend != "mace_fast":
+    if not mine:
         expected = ours(x, y, w)
         if backend != "cueq":
             x, expected = (
@@ -131,14 +141,17 @@ def measure(
         first = torch.autograd.grad(conv(x, y, w), (x, y, w), g, create_graph=True)
         return torch.autograd.grad(first, (x, y, w, g), (a, b, c))
 
-    if backend == "mace_fast":
+    if mine:
         double_backward()  # compiles while others are timed
         turn.enter_context(my_turn())
+        row["graph_ms"] = round(
+            loop_ms(lambda: edge_graph(sender, receiver, nodes, nodes, clusters=OURS[backend]), device), 3
+        )
     for key, call in (("fwd", forward), ("fwdbwd", backward), ("fwdbwdbwd", double_backward)):
         try:
             row[f"{key}_ms"] = round(median_ms(call, device, budget_s=0.5), 4)
             row[f"{key}_loop_ms"] = round(loop_ms(call, device), 4)
-            if backend == "mace_fast" and device.type == "cuda":
+            if mine and device.type == "cuda":
                 times = kernel_times(call, warmup=1, repeats=5)
                 row[f"{key}_kernels_us"] = {_short(name): round(us, 1) for name, (us, _) in times.items()}
             memory = peak_memory_mib(call, device)
@@ -188,8 +201,8 @@ def write(path: Path, rows: list[dict[str, Any]], device: torch.device, bandwidt
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", default=list(TABLE), choices=list(ALL))
-    choices = ["mace_fast", *BACKENDS]
-    parser.add_argument("--backends", nargs="+", default=choices, choices=choices)
+    choices = [*OURS, *BACKENDS]
+    parser.add_argument("--backends", nargs="+", default=["mace_fast", *BACKENDS], choices=choices)
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "float64"])
     parser.add_argument("--graphs", nargs="+", default=[], choices=list(GRAPHS), help="instead of the problem's own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

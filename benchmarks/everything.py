@@ -43,7 +43,7 @@ def _one(line: str) -> tuple[tuple[str, ...], ...]:
 
 
 _PEERS = "e3nn mace_fast_inference cueq oeq"
-_KERNELS = "mace_fast cueq oeq oeq-det"
+_KERNELS = "mace_fast mace_fast-clusters cueq oeq oeq-det"
 _BESIDE_PEERS = (
     "mp0-medium --sizes 64 1000",
     "mp0-small --sizes 64 1000",
@@ -61,7 +61,7 @@ COMMANDS = {
     "step": _each(
         "step --sizes % --budget 1 --backends mace-torch cueq oeq mace_fast no-graph --lists", ("64", "1000")
     ),
-    "conv": _each("conv --problems %", TABLE),
+    "conv": _each(f"conv --problems % --backends e3nn {_KERNELS}", TABLE),
     "conv-float64": _each(f"conv --problems % --dtypes float64 --backends {_KERNELS}", TABLE),
     "alloy": _one("step --model mpa0-medium --structure five-metals --sizes 13824 --backends mace_fast --lists"),
     "batch": _one("step --model off23-medium --structure water --sizes 192 --backends mace_fast --lists --batch 64"),
@@ -74,8 +74,8 @@ COMMANDS = {
     "profile-mp0-medium-1000": _one("profile_step"),
     "tune": _one("tune_conv"),
     "tune-clusters": _each(
-        "tune_conv --problems nequip-s large-L2 --roles backward backward_tangent --registers 54 80 160 --rings 0 3 4 "
-        "--clusters 0 2 4 8 --at-senders --dtype %",
+        "tune_conv --problems medium-L1 medium-L2 large-L2 nequip-s --roles backward backward_tangent "
+        "--registers 54 80 160 --rings 0 --clusters 4 --at-senders --dtype %",
         ("float32", "float64"),
     ),
 }

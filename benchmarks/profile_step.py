@@ -28,6 +28,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.floors import Operation, Recorder
 from benchmarks.model import BACKENDS, frozen, prepare, structure
+from benchmarks.step import ALLOYS
+from benchmarks.step import structure as of_step
 from benchmarks.timing import copy_bandwidth, device_name, float32_peak, kernel_times
 from benchmarks.turns import my_turn
 from mace_fast import zoo
@@ -116,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mp0-medium")
     parser.add_argument("--atoms", type=int, default=1000)
-    parser.add_argument("--kind", default="diamond", choices=["diamond", "water"])
+    parser.add_argument("--kind", default="diamond", choices=["diamond", "water", *ALLOYS])
     parser.add_argument("--backend", default="mace_fast_inference", choices=BACKENDS)
     parser.add_argument("--dtype", default="float32", choices=["float32", "float64"])
     parser.add_argument("--share", type=float, default=0.02, help="smallest share of the time that is listed")
@@ -126,14 +128,16 @@ def main() -> None:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.backends.cuda.matmul.allow_tf32 = False
     model = zoo.build(args.model, dtype=dtype)
-    data = {k: v.to(device) for k, v in zoo.graph(structure(args.kind, args.atoms), model, dtype=dtype).items()}
+    atoms = (of_step if args.kind in ALLOYS else structure)(args.kind, args.atoms)
+    data = {k: v.to(device) for k, v in zoo.graph(atoms, model, dtype=dtype).items()}
     model = model.to(device)
     result = {
         "command": " ".join(["python -m benchmarks.profile_step", *sys.argv[1:]]),
         "device": device_name(device),
         "torch": torch.__version__,
         "model": args.model,
-        "natoms": args.atoms,
+        "kind": args.kind,
+        "natoms": len(atoms),
         "edges": data["edge_index"].shape[1],
         "dtype": args.dtype,
         "backend": args.backend,

@@ -27,7 +27,7 @@ from benchmarks.problems import PROBLEMS
 from benchmarks.timing import copy_bandwidth, device_name, median_ms
 from mace_fast.kernels import ChannelwiseTensorProduct, edge_graph
 from mace_fast.kernels.build import compile_cuda
-from mace_fast.kernels.ops.channelwise_run import NO_SPLINE, Call, Spline, gradient_parts, run_kernel
+from mace_fast.kernels.ops.channelwise_run import NO_SPLINE, Call, Spline, gradient_rows, run_kernel
 from mace_fast.kernels.ops.clusters import find_clusters
 from mace_fast.kernels.ops.sender_sum import sum_at_senders
 from mace_fast.kernels.plan.channelwise import Schedule, plan
@@ -58,17 +58,18 @@ def schedules(
     budgets: Sequence[int] = REGISTERS,
     clusters: Sequence[int] = (0,),
 ) -> list[Schedule]:
-    """Those that differ in the kernels they lead to, and may fit the registers."""
+    """The plan's own, and others that differ in the kernels they lead to and may fit the registers."""
+    chosen = plan(d, item_bytes, variant.role).schedule
     found: dict[object, Schedule] = {}
     choices = itertools.product((1, 2, 4), budgets, (False, True), rings, clusters)
-    for vector, registers, prefetch, ring, cluster in choices:
-        schedule = Schedule(vector, registers, prefetch, ring, cluster)
+    for schedule in (chosen, *(Schedule(*choice) for choice in choices)):
+        vector, prefetch, ring, cluster = schedule.vector, schedule.prefetch, schedule.ring, schedule.cluster
         try:
             layout = plan(d, item_bytes, variant.role, schedule)
         except ValueError:
             continue
         # Compilers need fewer for tangents than is estimated.
-        if layout.most_registers <= (300 if variant.dual else 250):
+        if schedule == chosen or layout.most_registers <= (300 if variant.dual else 250):
             found.setdefault((vector, prefetch, ring, cluster, layout.segments), schedule)
     return list(found.values())
 
@@ -89,7 +90,8 @@ class Case:
         # By receiver, as in the graphs of a calculator.
         order = torch.argsort(receiver, stable=True)
         self.graph = edge_graph(sender[order], receiver[order], nodes, nodes)
-        self.clusters = {count: find_clusters(self.graph, count) for count in CLUSTERS if count}
+        found = {n: find_clusters(*self.graph[:2], nodes, nodes, n) if n else None for n in CLUSTERS}
+        self.graphs = {count: self.graph._replace(clusters=lists) for count, lists in found.items()}
         self.d, self.edges, self.nodes = d, sender.shape[0], nodes
         torch.manual_seed(0)
         options = {"dtype": dtype, "device": device}
@@ -112,22 +114,22 @@ class Case:
         d, key = self.d, self.d.key
         results: list[Tensor]
         if variant.backward:
-            parts = gradient_parts(key, self.x, variant, schedule)
+            graph = self.graphs[schedule.cluster]
+            parts, _ = gradient_rows(key, self.x, variant, graph.lists, schedule)
             dx = self.x.new_empty(self.edges, d.x_dim) if variant.want_x else self.x.new_empty(0)
             dy = self.x.new_empty(parts, self.edges, d.y_dim + (variant.order > 0))
             dw = torch.empty_like(self.w) if variant.want_w else self.x.new_empty(0)
             outputs = (self.g, d.z_dim, dx, dy, dw if variant.want_w else None, 0, self.edges)
-            clusters = self.clusters.get(schedule.cluster)
-            run_kernel(Call(key, variant, operands, tuple(self.graph), outputs, tangents, spline, schedule, clusters))
+            run_kernel(Call(key, variant, operands, graph.lists, outputs, tangents, spline, schedule))
             if at_senders and variant.want_x:
-                lists = self.graph[4:6] if clusters is None else (clusters.run_order, clusters.run_row)
+                lists = graph[4:6] if graph.clusters is None else graph.clusters[2:]
                 rows, dx = dx, torch.empty_like(self.x)
                 sum_at_senders(rows, *lists, dx, 0, self.edges, self.edges / self.nodes)
             results = [dx, dy[0] if parts == 1 else dy.sum(0), dw]
         else:
             results = [self.x.new_empty(self.nodes, d.z_dim)]
             outputs = (results[0], d.z_dim)
-            run_kernel(Call(key, variant, operands, tuple(self.graph), outputs, tangents, spline, schedule))
+            run_kernel(Call(key, variant, operands, self.graph.lists, outputs, tangents, spline, schedule))
         return results
 
 

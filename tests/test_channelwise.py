@@ -254,7 +254,7 @@ def test_fake_kernels_and_schemas(seed: int, device: str) -> None:
     d = mace_product(1, 4, 1)
     x, y, w = operands(d, 3, 5, dtype=torch.float64, device=device)
     graph = edge_graph(*random_graph(3, 5, device), 3, 3)
-    torch.library.opcheck(torch.ops.mace_fast.conv.default, (x, y, w, *graph, d.key))
+    torch.library.opcheck(torch.ops.mace_fast.conv.default, (x, y, w, *graph.lists, d.key))
 
 
 @pytest.mark.gpu

@@ -354,9 +354,9 @@ def test_fake_kernels_and_schemas(seed: int, device: str, shared: bool) -> None:
     x, y, w = operands(d, 3, 5, torch.float64, device, shared=shared)
     graph = edge_graph(*(torch.randint(0, 3, (5,), device=device) for _ in range(2)), 3, 3)
     g = torch.randn(3, d.z_dim, dtype=torch.float64, device=device)
-    torch.library.opcheck(torch.ops.mace_fast.fully_connected.default, (x, y, w, *graph, d.key))
+    torch.library.opcheck(torch.ops.mace_fast.fully_connected.default, (x, y, w, *graph[:7], d.key))
     backward = torch.ops.mace_fast.fully_connected_backward.default
-    torch.library.opcheck(backward, (x, y, w, g, *graph, d.key, True, True, True))
+    torch.library.opcheck(backward, (x, y, w, g, *graph[:7], d.key, True, True, True))
 
 
 def test_compiles_without_a_graph_break(seed: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from mace_fast.kernels.build.arguments import Float32, Int32
 from mace_fast.kernels.build.cache import default_cache_dir
 from mace_fast.kernels.build.host import CompiledCpu, compile_cpu, cpu_available, cpu_threads, load_cpu
-from mace_fast.kernels.build.launch import CudaModule, architecture, cuda_index, load_cuda, on_gpu
+from mace_fast.kernels.build.launch import CudaModule, architecture, cuda_index, load_cuda, most_shared_bytes, on_gpu
 from mace_fast.kernels.build.nvrtc import CompiledCuda, compile_cuda
 from mace_fast.kernels.build.resources import KernelResources
 from mace_fast.kernels.build.sources import CpuSource, CudaSource
@@ -32,6 +32,7 @@ __all__ = [
     "default_cache_dir",
     "load_cpu",
     "load_cuda",
+    "most_shared_bytes",
     "on_gpu",
     "side_by_side",
 ]

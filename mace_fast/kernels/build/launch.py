@@ -90,8 +90,7 @@ class CudaModule:
         what = f"loading the kernels of {source.name!r} on cuda:{index}"
         device = _checked(driver.cuDeviceGet(index), what)
         self._context = _checked(driver.cuDevicePrimaryCtxRetain(device), what)
-        attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-        self._most_shared = _checked(driver.cuDeviceGetAttribute(attribute, device), what)
+        self._most_shared = most_shared_bytes(index)
         self._kernels = self._load(driver, compiled, what)
 
     def _load(self, driver: ModuleType, compiled: CompiledCuda, what: str) -> dict[str, _Kernel]:
@@ -227,6 +226,14 @@ def architecture(device: torch.device) -> str:
     """What kernels for a CUDA device are compiled for, such as ``"sm_90"``."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def most_shared_bytes(index: int) -> int:
+    """Shared memory that a block may ask for on a CUDA device."""
+    driver, what = _driver(), f"shared memory of cuda:{index}"
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    found: int = _checked(driver.cuDeviceGetAttribute(attribute, _checked(driver.cuDeviceGet(index), what)), what)
+    return found
 
 
 def load_cuda(source: CudaSource, device: torch.device | str) -> CudaModule:

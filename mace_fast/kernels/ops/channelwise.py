@@ -19,16 +19,26 @@ import torch
 from torch import Tensor
 
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
-from mace_fast.kernels.ops.channelwise_run import Call, Graph, Tangents, gradient_parts, run_kernel, sizes
+from mace_fast.kernels.ops.channelwise_run import (
+    NO_GRAPH,
+    Call,
+    Graph,
+    Tangents,
+    clusters_of,
+    gradient_rows,
+    run_kernel,
+    sizes,
+)
 from mace_fast.kernels.ops.graph import EdgeGraph
 from mace_fast.kernels.ops.segment import Segments, segment_sum
+from mace_fast.kernels.ops.sender_sum import sum_at_senders
 from mace_fast.kernels.plan.channelwise import ChannelwisePlan, Role, plan
 from mace_fast.kernels.source.channelwise import Variant
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
 _GRAPH = (
     "Tensor? sender, Tensor? receiver, Tensor? order, Tensor? row, Tensor? sender_order, Tensor? sender_row, "
-    "Tensor? poison"
+    "Tensor? poison, Tensor? cluster_order, Tensor? cluster_row, Tensor? run_order, Tensor? run_row"
 )
 _TANGENTS = "Tensor? x_tangent, Tensor? y_tangent, Tensor? w_tangent"
 _LIBRARY.define(f"conv(Tensor x, Tensor y, Tensor w, {_GRAPH}, str description) -> Tensor")
@@ -41,8 +51,6 @@ _LIBRARY.define(
     f"conv_backward_jvp(Tensor x, Tensor y, Tensor w, Tensor g, {_TANGENTS}, {_GRAPH}, str description, bool want_x, "
     "bool want_y, bool want_w) -> (Tensor, Tensor, Tensor)"
 )
-
-_NO_GRAPH: Graph = (None,) * 7
 
 
 def channelwise_tp_conv(
@@ -66,7 +74,7 @@ def channelwise_tp_conv(
     """
     x, y, w = _without_autocast(x, y, w)
     _check(description, x, y, w, rows=graph.num_senders, edges=graph.num_edges, device=graph.sender.device)
-    return torch.ops.mace_fast.conv(x, y, w, *graph, description.key)
+    return torch.ops.mace_fast.conv(x, y, w, *graph.lists, description.key)
 
 
 def channelwise_tp(description: ChannelwiseTensorProduct, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
@@ -78,7 +86,7 @@ def channelwise_tp(description: ChannelwiseTensorProduct, x: Tensor, y: Tensor, 
         raise ValueError(f"x has shape {tuple(x.shape)}; expected [batch, {description.x_dim}]")
     x, y, w = _without_autocast(x, y, w)
     _check(description, x, y, w, rows=x.shape[0], edges=x.shape[0], device=x.device)
-    return torch.ops.mace_fast.conv(x, y, w, *_NO_GRAPH, description.key)
+    return torch.ops.mace_fast.conv(x, y, w, *NO_GRAPH, description.key)
 
 
 def _without_autocast(*operands: Tensor) -> tuple[Tensor, ...]:
@@ -155,7 +163,7 @@ def _backward(
     want_x, want_y, want_w = wants
     want_w = want_w and description.weight_numel > 0
     variant = Variant(dual, True, want_x, want_y, want_w)
-    parts = gradient_parts(key, x, variant) if want_y else 1
+    parts, of_runs = gradient_rows(key, x, variant, graph) if edges else (1, False)
     empty = x.new_empty(0)
     make = x.new_empty if description.covers_x else x.new_zeros
     x_of_edges = make((edges, description.x_dim)) if want_x else empty
@@ -165,7 +173,7 @@ def _backward(
         a, b, c = (_dense(t) for t in tangents)
         outputs = (g, description.z_dim, x_of_edges, y_parts, w_of_edges, 0, edges)
         run_kernel(Call(key, variant, (x, y, w), graph, outputs, (a, b, c)))
-    dx = _sum_at_senders(x_of_edges, graph) if want_x else empty
+    dx = _sum_at_senders(x_of_edges, graph, of_runs=of_runs) if want_x else empty
     dy = (y_parts[0] if parts == 1 else y_parts.sum(0)) if want_y else empty
     dw = (w_of_edges.sum(0) if w.dim() == 1 else w_of_edges) if wants[2] else empty
     if wants[2] and not want_w:
@@ -173,9 +181,16 @@ def _backward(
     return dx, dy, dw
 
 
-def _sum_at_senders(values: Tensor, graph: Graph) -> Tensor:
+def _sum_at_senders(values: Tensor, graph: Graph, *, of_runs: bool) -> Tensor:
+    """Of gradients of edges, or of runs of them."""
     if graph[0] is None:
         return values
+    clusters = clusters_of(graph)
+    if of_runs and clusters is not None:
+        senders, edges = clusters.run_row.shape[0] - 1, values.shape[0]
+        dx = values.new_empty(senders, values.shape[1])
+        sum_at_senders(values, clusters.run_order, clusters.run_row, dx, 0, edges, edges / max(senders, 1))
+        return dx
     sender, order, row = graph[0], graph[4], graph[5]
     assert sender is not None and order is not None and row is not None
     return segment_sum(values, Segments(sender, order, row))
@@ -242,22 +257,22 @@ for _name, _function in (
 
 @torch.library.register_fake("mace_fast::conv")
 def _(x: Tensor, y: Tensor, w: Tensor, *rest: Any) -> Tensor:
-    return _fake_z(x, y, rest[3], rest[7])
+    return _fake_z(x, y, rest[3], rest[11])
 
 
 @torch.library.register_fake("mace_fast::conv_jvp")
 def _(x: Tensor, y: Tensor, w: Tensor, a: Any, b: Any, c: Any, *rest: Any) -> Tensor:
-    return _fake_z(x, y, rest[3], rest[7])
+    return _fake_z(x, y, rest[3], rest[11])
 
 
 @torch.library.register_fake("mace_fast::conv_backward")
 def _(x: Tensor, y: Tensor, w: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(x, y, w, rest[8:])
+    return _fake_gradients(x, y, w, rest[12:])
 
 
 @torch.library.register_fake("mace_fast::conv_backward_jvp")
 def _(x: Tensor, y: Tensor, w: Tensor, g: Tensor, a: Any, b: Any, c: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(x, y, w, rest[8:])
+    return _fake_gradients(x, y, w, rest[12:])
 
 
 # --- derivatives
@@ -310,16 +325,16 @@ def _saved(ctx: Any) -> tuple[list[Tensor], tuple[Any, ...]]:
 
 
 def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _save(ctx, inputs[:3], inputs[3:10], inputs[10])
+    _save(ctx, inputs[:3], inputs[3:14], inputs[14])
 
 
 def _grad_conv(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     (x, y, w), tail = _saved(ctx)
-    return (*_gradient(x, y, w, g, tail, ctx.needs_input_grad[:3]), *(None,) * 8)
+    return (*_gradient(x, y, w, g, tail, ctx.needs_input_grad[:3]), *(None,) * 12)
 
 
 def _setup_conv_jvp(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _save(ctx, inputs[:6], inputs[6:13], inputs[13])
+    _save(ctx, inputs[:6], inputs[6:17], inputs[17])
 
 
 def _grad_conv_jvp(ctx: Any, g: Tensor) -> tuple[Any, ...]:
@@ -327,13 +342,13 @@ def _grad_conv_jvp(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
     points = _gradient_jvp(x, y, w, g, (a, b, c), tail, needs[:3])
     tangents = _gradient(x, y, w, g, tail, needs[3:6])
-    return (*points, *tangents, *(None,) * 8)
+    return (*points, *tangents, *(None,) * 12)
 
 
 def _setup_conv_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _save(ctx, inputs[:4], inputs[4:11], inputs[11])
+    _save(ctx, inputs[:4], inputs[4:15], inputs[15])
     ctx.set_materialize_grads(False)
-    ctx.wants = inputs[12:15]
+    ctx.wants = inputs[16:19]
 
 
 def _cotangents(ctx: Any, cotangents: tuple[Tensor | None, ...]) -> Tangents:
@@ -348,16 +363,16 @@ def _grad_conv_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]
     directions = _cotangents(ctx, cotangents)
     needs = ctx.needs_input_grad
     if all(t is None for t in directions):
-        return (None,) * 15
+        return (None,) * 19
     points = _gradient_jvp(x, y, w, g, directions, tail, needs[:3])
     g_grad = torch.ops.mace_fast.conv_jvp(x, y, w, *directions, *tail) if needs[3] else None
-    return (*points, g_grad, *(None,) * 11)
+    return (*points, g_grad, *(None,) * 15)
 
 
 def _setup_conv_backward_jvp(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _save(ctx, inputs[:7], inputs[7:14], inputs[14])
+    _save(ctx, inputs[:7], inputs[7:18], inputs[18])
     ctx.set_materialize_grads(False)
-    ctx.wants = inputs[15:18]
+    ctx.wants = inputs[19:22]
 
 
 def _grad_conv_backward_jvp(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
@@ -386,7 +401,7 @@ def _grad_conv_backward_jvp(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, 
         wants = [needs[4 + other] and along[other] is not None for other in range(3)]
         for other, value in enumerate(_gradient(at[0], at[1], at[2], g, tail, wants)):
             results[4 + other] = _add(results[4 + other], value)
-    return (*results, *(None,) * 11)
+    return (*results, *(None,) * 15)
 
 
 torch.library.register_autograd("mace_fast::conv", _grad_conv, setup_context=_setup_conv)

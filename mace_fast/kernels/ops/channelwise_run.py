@@ -10,16 +10,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mace_fast.kernels.build import CudaModule, architecture, cpu_threads, load_cpu, load_cuda, on_gpu
+from mace_fast.kernels.build import (
+    CudaModule,
+    architecture,
+    cpu_threads,
+    cuda_index,
+    load_cpu,
+    load_cuda,
+    most_shared_bytes,
+    on_gpu,
+)
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
 from mace_fast.kernels.ops.clusters import Clusters
-from mace_fast.kernels.plan.channelwise import CLUSTER_SHARES, ChannelwisePlan, Schedule, plan
-from mace_fast.kernels.plan.sharing import share
+from mace_fast.kernels.plan.channelwise import CLUSTER_BYTES, ChannelwisePlan, Schedule, clustered, plan
+from mace_fast.kernels.plan.sharing import cluster_window, share
 from mace_fast.kernels.source.channelwise import OVERFLOW_THREADS, Variant, cpu_source, cuda_source, overflow_source
 from mace_fast.kernels.source.fitted import fitted_source
 
 Graph = tuple[Tensor | None, ...]
-"""Sender, receiver, order, row, sender order, sender row and poison of an ``EdgeGraph``; all None: no graph."""
+"""The ``lists`` of an ``EdgeGraph``; all None: no graph."""
 Tangents = tuple[Tensor | None, Tensor | None, Tensor | None]
 Operands = tuple[Tensor, Tensor, Tensor | None]
 Spline = tuple[Tensor | None, Tensor | None, Tensor | None, int, float]
@@ -29,6 +38,15 @@ _OVERFLOW_BLOCKS = 2112
 """Thread blocks that add the sums of parts and windows: as many as an H100 runs at once."""
 _ALIGNMENT = 16
 """Bytes; rows of operands are read in words of up to so many."""
+
+
+NO_GRAPH: Graph = (None,) * 11
+
+
+def clusters_of(graph: Graph) -> Clusters | None:
+    """The lists of clusters, where a graph has them."""
+    lists = [each for each in graph[7:] if each is not None]
+    return Clusters(*lists) if lists else None
 
 
 def sizes(y: Tensor, graph: Graph) -> tuple[int, int]:
@@ -66,12 +84,21 @@ class Launch(NamedTuple):
 
 @lru_cache(maxsize=512)
 def cuda_launch(
-    key: str, item_bytes: int, variant: Variant, device: torch.device, schedule: Schedule | None = None
+    key: str,
+    item_bytes: int,
+    variant: Variant,
+    device: torch.device,
+    schedule: Schedule | None = None,
+    clusters: bool = False,
 ) -> Launch:
+    """``clusters``: whether the graph has lists of them."""
     description = ChannelwiseTensorProduct.parse(key)
     if schedule is None and device.type == "cuda":
-        source, layout = fitted_source(description, item_bytes, variant, architecture(device))
+        most_shared = most_shared_bytes(cuda_index(device)) if clusters else 0
+        source, layout = fitted_source(description, item_bytes, variant, architecture(device), most_shared)
     else:
+        if schedule is None and clusters and variant.want_x:
+            schedule = clustered(description, item_bytes, variant.role, CLUSTER_BYTES)
         layout = plan(description, item_bytes, variant.role, schedule)
         source = cuda_source(description, item_bytes, variant, schedule)
     shared = [layout.shared_bytes(segment, want_y=variant.want_y) for segment in layout.segments]
@@ -83,9 +110,23 @@ def cuda_launch(
     return Launch(load_cuda(source, device), layout, kernels)
 
 
-def gradient_parts(key: str, like: Tensor, variant: Variant, schedule: Schedule | None = None) -> int:
-    """Into how many parts a backward kernel for operands like this writes the gradient of y: [parts, E, ...]."""
-    return cuda_launch(key, like.element_size(), variant, like.device, schedule).parts if on_gpu(like) else 1
+def gradient_rows(
+    key: str, like: Tensor, variant: Variant, graph: Graph = NO_GRAPH, schedule: Schedule | None = None
+) -> tuple[int, bool]:
+    """How a backward kernel for operands like this writes gradients of edges.
+
+    Returns:
+        Parts of the gradient of y, [parts, E, ...]; and whether gradients of x are those of runs of edges, at the
+        places that the graph's clusters list.
+    """
+    if not on_gpu(like):
+        return 1, False
+    launch = _cuda_launch(key, like, variant, graph, schedule)
+    return launch.parts, launch.layout.schedule.cluster > 0
+
+
+def _cuda_launch(key: str, like: Tensor, variant: Variant, graph: Graph, schedule: Schedule | None) -> Launch:
+    return cuda_launch(key, like.element_size(), variant, like.device, schedule, clusters_of(graph) is not None)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -99,12 +140,11 @@ class Call(NamedTuple):
         key: of the description.
         operands: x, y, w; no w where a spline gives the weights.
         graph: which x an edge reads, and which z it adds to.
-        outputs: forward's (z, its row length), or backward's (g, its row length, dx, dy in ``gradient_parts``, dw,
-            first, end). Only the edges from ``first`` up to ``end`` are worked on, and ``dx`` has rows from ``first``
-            on; without a spline these are all.
+        outputs: forward's (z, its row length), or backward's (g, its row length, dx, dy in parts, dw, first, end); see
+            ``gradient_rows``. Only the edges from ``first`` up to ``end`` are worked on, and ``dx`` has rows from
+            ``first`` on; without a spline these are all.
         tangents: of the operands; None stands for zeros.
-        schedule: on a GPU, instead of what the plan chooses.
-        clusters: lists that a schedule of clusters needs; rows of ``dx`` are then written where runs of edges begin.
+        schedule: on a GPU, instead of what the plan chooses. With clusters the graph's lists are of as many receivers.
     """
 
     key: str
@@ -115,7 +155,6 @@ class Call(NamedTuple):
     tangents: Tangents = (None, None, None)
     spline: Spline = NO_SPLINE
     schedule: Schedule | None = None
-    clusters: Clusters | None = None
 
     @property
     def item_bytes(self) -> int:
@@ -138,7 +177,7 @@ def run_kernel(call: Call) -> None:
 
 def _run_cpu(call: Call) -> None:
     function = _cpu_function(call.key, call.item_bytes, call.variant)
-    sender, _, order, row, _, _, poison = call.graph
+    sender, _, order, row, _, _, poison = call.graph[:7]
     receivers, _ = sizes(call.operands[1], call.graph)
     function(
         _pointer(order),
@@ -157,17 +196,14 @@ def _run_cpu(call: Call) -> None:
 
 def _run_cuda(call: Call) -> None:
     x = call.operands[0]
-    launch = cuda_launch(call.key, call.item_bytes, call.variant, x.device, call.schedule)
+    launch = _cuda_launch(call.key, x, call.variant, call.graph, call.schedule)
     receivers, edges = sizes(call.operands[1], call.graph)
     if receivers == 0:
         return
-    of_clusters = 0 if call.clusters is None else call.clusters.receivers
-    if of_clusters != launch.layout.schedule.cluster:
-        raise ValueError(f"lists of clusters of {of_clusters} receivers for a plan of {launch.layout.schedule.cluster}")
-    if call.clusters is not None:
-        _run_clusters(call, call.clusters, launch, receivers, edges)
+    if launch.layout.schedule.cluster:
+        _run_clusters(call, launch, receivers, edges)
         return
-    layout, (sender, receiver, order, row, _, _, poison) = launch.layout, call.graph
+    layout, (sender, receiver, order, row, _, _, poison) = launch.layout, call.graph[:7]
     work = share(layout, receivers, edges, windows=row is not None, side_by_side=launch.kernels[0][2])
     lists = (order, row, sender, receiver, poison, receivers, *work.numbers)
     grid = (work.blocks, layout.channel_blocks * work.parts)
@@ -191,12 +227,15 @@ def _run_cuda(call: Call) -> None:
         overflow.launch("overflow", (in_turn, columns, 1), (OVERFLOW_THREADS, 1, 1), 0, sums)
 
 
-def _run_clusters(call: Call, clusters: Clusters, launch: Launch, receivers: int, edges: int) -> None:
-    layout = launch.layout
-    sender, receiver, *_, poison = call.graph
-    count = clusters.row.shape[0] - 1
-    lists = (clusters.order, clusters.row, sender, receiver, poison, receivers, 1, count, 1, CLUSTER_SHARES)
-    _launch(call, launch, (count * (CLUSTER_SHARES // layout.groups), 1), lists, _gradients(call, edges))
+def _run_clusters(call: Call, launch: Launch, receivers: int, edges: int) -> None:
+    clusters, (sender, receiver, *_, poison) = clusters_of(call.graph), call.graph[:7]
+    count = -(-receivers // launch.layout.schedule.cluster)
+    if clusters is None or clusters.row.shape[0] != count + 1:
+        raise ValueError(f"the graph lists no {count} clusters of {launch.layout.schedule.cluster} receivers")
+    window = cluster_window(edges, count)
+    blocks = count + (-(-edges // window) if edges > window else 0)
+    lists = (clusters.order, clusters.row, sender, receiver, poison, receivers, 1, count, window, 1)
+    _launch(call, launch, (blocks, launch.layout.channel_blocks), lists, _gradients(call, edges))
 
 
 def _launch(

@@ -71,7 +71,7 @@ def fully_connected_tp_conv(
         raise ValueError(
             f"fully_connected_tp_conv: the graph is on {graph.sender.device}, but x is on {x.device}; move one of them"
         )
-    return torch.ops.mace_fast.fully_connected(x, y, w, *graph, description.key)
+    return torch.ops.mace_fast.fully_connected(x, y, w, *graph[:7], description.key)
 
 
 def fully_connected_tp(description: FullyConnectedTensorProduct, x: Tensor, y: Tensor, w: Tensor) -> Tensor:

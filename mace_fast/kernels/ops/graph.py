@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mace_fast.kernels.ops.clusters import Clusters, find_clusters
+from mace_fast.kernels.plan.channelwise import CLUSTER
+
 _INT32_MAX = 2**31 - 1
 
 
@@ -22,6 +25,7 @@ class EdgeGraph(NamedTuple):
         sender_row: [num_senders + 1] int32.
         poison: [1] float32, 0, or NaN when an index was out of range: a result computed with such a graph is NaN
             throughout. On the CPU such a graph is refused outright.
+        clusters: edges in the order of the fastest gradients, where they were asked for.
     """
 
     sender: Tensor
@@ -31,6 +35,12 @@ class EdgeGraph(NamedTuple):
     sender_order: Tensor
     sender_row: Tensor
     poison: Tensor
+    clusters: Clusters | None = None
+
+    @property
+    def lists(self) -> tuple[Tensor | None, ...]:
+        """As ops take them: the tensors, those of clusters last."""
+        return (*self[:7], *(self.clusters or (None,) * 4))
 
     @property
     def num_edges(self) -> int:
@@ -61,12 +71,17 @@ def _out_of_range(num_senders: int, num_receivers: int) -> str:
     )
 
 
-def edge_graph(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int) -> EdgeGraph:
+def edge_graph(
+    sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int, *, clusters: bool = False
+) -> EdgeGraph:
     """Sort edges by receiver and by sender, on their device and without waiting for it.
 
     Args:
         sender, receiver: [E] int32 or int64, in any order, duplicates allowed.
         num_senders, num_receivers: number of nodes on each side.
+        clusters: also make the lists by which gradients of channelwise convolutions are up to a quarter faster on a
+            GPU. It takes as long again as the rest, and pays where gradients of many edges are computed more than
+            once. On the CPU, which has no use for them, there are none.
 
     Raises:
         TypeError: indices are not integers.
@@ -85,13 +100,21 @@ def edge_graph(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers
         )
     if any(size > _INT32_MAX for size in (sender.shape[0], num_senders, num_receivers)):
         raise ValueError("a graph holds at most 2^31 - 1 edges and nodes; split it into several")
-    return EdgeGraph(*torch.ops.mace_fast.edge_graph(sender, receiver, num_senders, num_receivers))
+    graph = EdgeGraph(*torch.ops.mace_fast.edge_graph(sender, receiver, num_senders, num_receivers))
+    if not clusters or sender.device.type != "cuda":
+        return graph
+    lists = torch.ops.mace_fast.edge_clusters(graph.sender, graph.receiver, num_senders, num_receivers)
+    return graph._replace(clusters=Clusters(*lists))
 
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
 _LIBRARY.define(
     "edge_graph(Tensor sender, Tensor receiver, SymInt num_senders, SymInt num_receivers) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "edge_clusters(Tensor sender, Tensor receiver, SymInt num_senders, SymInt num_receivers) -> "
+    "(Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -118,8 +141,13 @@ def _edge_graph(sender: Tensor, receiver: Tensor, num_senders: int, num_receiver
     return sender, receiver, order, row, sender_order, sender_row, poison
 
 
+def _edge_clusters(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int) -> tuple[Tensor, ...]:
+    return find_clusters(sender, receiver, num_senders, num_receivers, CLUSTER)
+
+
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("edge_graph", _edge_graph, _device)
+    _LIBRARY.impl("edge_clusters", _edge_clusters, _device)
 
 
 @torch.library.register_fake("mace_fast::edge_graph")
@@ -128,6 +156,12 @@ def _fake_edge_graph(sender: Tensor, receiver: Tensor, num_senders: int, num_rec
     sizes = (edges, edges, edges, num_receivers + 1, edges, num_senders + 1)
     lists = (sender.new_empty(size, dtype=torch.int32) for size in sizes)
     return (*lists, sender.new_empty(1, dtype=torch.float32))
+
+
+@torch.library.register_fake("mace_fast::edge_clusters")
+def _fake_edge_clusters(sender: Tensor, receiver: Tensor, num_senders: int, num_receivers: int) -> tuple[Tensor, ...]:
+    edges, clusters = sender.shape[0], -(-num_receivers // CLUSTER)
+    return tuple(sender.new_empty(size) for size in (edges, clusters + 1, edges, num_senders + 1))
 
 
 def _sort(index: Tensor, count: int) -> tuple[Tensor, Tensor]:

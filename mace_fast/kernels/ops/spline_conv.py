@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
-from mace_fast.kernels.ops.channelwise_run import Call, Spline, gradient_parts, run_kernel
+from mace_fast.kernels.ops.channelwise_run import Call, Spline, gradient_rows, run_kernel
 from mace_fast.kernels.ops.sender_sum import sum_at_senders
 from mace_fast.kernels.source.channelwise import Variant
 
@@ -192,7 +192,7 @@ def _backward(
     description = ChannelwiseTensorProduct.parse(key)
     variant = Variant(False, True, want_x, True, False, spline[1].shape[1])
     edges = radius.shape[0]
-    edge_grad = make_edge_grad((gradient_parts(key, x, variant), edges, description.y_dim + 1))
+    edge_grad = make_edge_grad((gradient_rows(key, x, variant)[0], edges, description.y_dim + 1))
     x, y, g, radius = x.contiguous(), y.contiguous(), g.contiguous(), radius.contiguous()
     order, sender_order, sender_row = graph[2], graph[4], graph[5]
     stretch = max(edges, 1)
@@ -235,7 +235,7 @@ def _(x: Tensor, y: Tensor, radius: Tensor, g: Tensor, *rest: Any) -> tuple[Tens
 @torch.library.register_fake("mace_fast::spline_conv_edge_parts")
 def _(x: Tensor, y: Tensor, radius: Tensor, g: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x) if rest[11] else x.new_empty(0)
-    parts = gradient_parts(rest[10], x, Variant(False, True, rest[11], True, False, rest[7].shape[1]))
+    parts, _ = gradient_rows(rest[10], x, Variant(False, True, rest[11], True, False, rest[7].shape[1]))
     return dx, x.new_empty((parts, radius.shape[0], ChannelwiseTensorProduct.parse(rest[10]).y_dim + 1))
 
 

@@ -35,17 +35,20 @@ _COPY_BYTES = 16
 _GROUPS = 4
 """Receivers that a block works on where one warp has all channels, unless shared memory makes their tiles too short."""
 
-_CLUSTER_GROUPS = 8
-"""Groups of a block that works on a cluster of receivers."""
+CLUSTER = 4
+"""Receivers of a cluster in the lists of graphs."""
 
 CLUSTER_SHARES = 8
-"""Into which the edges of a cluster are divided, a group of warps for each; a multiple of the groups of a block."""
+"""Groups of one warp that share the edges of a block that works on a cluster of receivers."""
 
 CLUSTER_BYTES = 160 * 1024
 """Shared memory that a block with a cluster may take: what sm_80 gives."""
 
 _SHORT_TILE = 8
 """Edges of a tile below which a block takes one receiver instead."""
+
+_LEAST_TILE = 4
+"""Edges of a tile whose numbers of edges take a multiple of 16 bytes: what follows them is read so many at a time."""
 
 _REGISTER_FILE = 64 * 1024
 """32-bit registers of a multiprocessor."""
@@ -126,8 +129,7 @@ class Schedule:
         ring: edges whose weights and x are in shared memory or on their way there, instead of in registers: 0 (none),
             or 3 and more. For products whose channels fill all warps, with weights that lie side by side.
         cluster: receivers whose edges a block of backward goes through by sender, their gradients in shared memory:
-            0 (each receiver has a group of its own), or a few. For weights that are read, of products whose channels
-            one warp has all.
+            0 (each receiver has a group of its own), or a few. For weights that are read.
     """
 
     vector: int = 1
@@ -268,6 +270,22 @@ def plan(
     return next((p for p in plain if p.most_registers <= THREAD_REGISTERS), plain[-1])
 
 
+@lru_cache(maxsize=512)
+def clustered(description: ChannelwiseTensorProduct, item_bytes: int, role: Role, most_shared: int) -> Schedule | None:
+    """How to go through clusters of ``CLUSTER`` receivers, where a graph lists them and that is faster.
+
+    Args:
+        most_shared: bytes of shared memory that a block may have.
+    """
+    for preference in _preferred_clusters(role, item_bytes) if most_shared else ():
+        layout = _attempt(description, item_bytes, role, preference.schedule)
+        if layout is None or not preference.suits(layout):
+            continue
+        if max(layout.shared_bytes(segment, want_y=True) for segment in layout.segments) <= most_shared:
+            return preference.schedule
+    return None
+
+
 @dataclass(frozen=True)
 class Preference:
     """A schedule with the plans that it is the best choice for.
@@ -379,6 +397,18 @@ def _preferred_double(role: Role) -> tuple[Preference, ...]:
     )
 
 
+def _preferred_clusters(role: Role, item_bytes: int) -> tuple[Preference, ...]:
+    """The same for clusters of receivers; read off benchmarks/results/h100-tune-clusters.json."""
+    if not role.backward or role.spline:
+        return ()
+    wide, two = Schedule(4, 160, not role.dual, 0, CLUSTER), Schedule(2, 160, False, 0, CLUSTER)
+    if item_bytes == 8:
+        return (Preference(Schedule(2, 80, False, 0, CLUSTER) if role.dual else two, THREAD_REGISTERS),)
+    if role.dual:
+        return (Preference(wide, 150, segments=1), Preference(two, 230, segments=1))
+    return (Preference(wide, 205), Preference(two, 140, segments=1))
+
+
 def _attempt(
     description: ChannelwiseTensorProduct, item_bytes: int, role: Role, schedule: Schedule
 ) -> ChannelwisePlan | None:
@@ -407,7 +437,7 @@ def _plan(description: ChannelwiseTensorProduct, item_bytes: int, role: Role, sc
         raise ValueError(f"{schedule.vector} channels a thread do not fit the multiplicities of {description.x}")
     flat = description.flat_paths()
     channels = -(-max(path.mul for path in flat) // schedule.vector)
-    warps = min(-(-channels // 32), MAX_WARPS)
+    warps = 1 if schedule.cluster else min(-(-channels // 32), MAX_WARPS)
     channel_blocks = -(-channels // (warps * 32))
     exact = all(path.mul == warps * 32 * channel_blocks * schedule.vector for path in flat)
     quad = 16 // item_bytes
@@ -415,7 +445,7 @@ def _plan(description: ChannelwiseTensorProduct, item_bytes: int, role: Role, sc
     groups_of_paths, together = split(flat, limit)
     form_bytes = item_bytes * (2 if role.dual else 1)
     if schedule.cluster:
-        several: tuple[int, ...] = (_CLUSTER_GROUPS,)
+        several: tuple[int, ...] = (CLUSTER_SHARES,)
     elif warps == 1 and not schedule.ring:
         several = (_GROUPS, 1)
     else:
@@ -449,8 +479,10 @@ def _plan(description: ChannelwiseTensorProduct, item_bytes: int, role: Role, sc
 
 def _require_cluster(layout: ChannelwisePlan) -> None:
     role, schedule = layout.role, layout.schedule
-    if not role.backward or role.spline or schedule.ring or layout.warps > 1 or layout.channel_blocks > 1:
-        raise ValueError("clusters are for gradients, of products whose channels one warp has all, with weights read")
+    if not role.backward or role.spline or schedule.ring:
+        raise ValueError("clusters are for gradients, with weights that are read, without rings")
+    if min(segment.tile for segment in layout.segments) < _LEAST_TILE:
+        raise ValueError(f"forms of y leave no room for tiles of {_LEAST_TILE} edges of {CLUSTER_SHARES} groups")
     most = max(layout.shared_bytes(segment, want_y=True) for segment in layout.segments)
     if most > CLUSTER_BYTES:
         raise ValueError(f"a cluster of {schedule.cluster} receivers takes {most} bytes of shared memory")

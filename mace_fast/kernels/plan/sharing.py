@@ -23,6 +23,10 @@ _LEAST_EDGES = {False: 16, True: 8}
 """Edges that a part of a receiver should have at least: of a sum, which is added to others, and of gradients (True)."""
 _PART_COST = 2
 """What a part costs before its first edge and after its last, in edges."""
+_CLUSTER_BLOCKS = 256
+"""Blocks that keep a GPU busy with clusters of receivers, each of 8 warps; fewer clusters are shared out."""
+_LEAST_OF_CLUSTER = 64
+"""Edges that such a block should have at least."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,17 @@ def share(layout: ChannelwisePlan, receivers: int, edges: int, *, windows: bool,
     blocks = -(-(groups + stretches) // layout.groups)
     partial_sums = blocks * layout.groups * parts - groups if stretches or parts > 1 else 0
     return Sharing(run, groups, limit, parts, blocks, partial_sums)
+
+
+def cluster_window(edges: int, clusters: int) -> int:
+    """Edges of a cluster of receivers that one block works on; others have windows of so many, each with a block.
+
+    Where clusters fill a GPU that is twice the average: few have windows. Nothing but shapes decides, so that those who
+    look for runs of edges and those who go through them agree.
+    """
+    if 2 * clusters >= _CLUSTER_BLOCKS:
+        return max(_LEAST_OF_CLUSTER, -(-2 * edges // clusters))
+    return max(_LEAST_OF_CLUSTER, -(-edges // _CLUSTER_BLOCKS))
 
 
 def run_length(receivers: int, edges: int) -> int:

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from mace_fast.kernels.build import CudaSource, compile_cuda
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
-from mace_fast.kernels.plan.channelwise import THREAD_REGISTERS, ChannelwisePlan, Schedule, plan
+from mace_fast.kernels.plan.channelwise import THREAD_REGISTERS, ChannelwisePlan, Schedule, clustered, plan
 from mace_fast.kernels.source.channelwise import Variant, cuda_source
 
 _MEASURED = "sm_90"
@@ -23,12 +23,23 @@ Fitted = tuple[CudaSource, ChannelwisePlan]
 
 
 @lru_cache(maxsize=512)
-def fitted_source(description: ChannelwiseTensorProduct, item_bytes: int, variant: Variant, arch: str) -> Fitted:
+def fitted_source(
+    description: ChannelwiseTensorProduct, item_bytes: int, variant: Variant, arch: str, of_clusters: int = 0
+) -> Fitted:
     """The source to compile for ``arch`` (such as ``"sm_86"``), and its plan.
 
     The preferred one if it does not spill there, or is for the measured target; else the first that does not, or the one
     that spills the fewest bytes.
+
+    Args:
+        of_clusters: bytes of shared memory that a block may have for going through clusters of receivers; 0 where the
+            graph has no lists of them.
     """
+    schedule = clustered(description, item_bytes, variant.role, of_clusters) if variant.want_x else None
+    if schedule is not None:
+        source = cuda_source(description, item_bytes, variant, schedule)
+        if arch == _MEASURED or _spilled(source, arch) == 0:
+            return source, plan(description, item_bytes, variant.role, schedule)
     candidates = _candidates(description, item_bytes, variant)
     preferred = next(candidates)
     if arch == _MEASURED:

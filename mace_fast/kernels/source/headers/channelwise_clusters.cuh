@@ -3,8 +3,11 @@
 // Neighbours receive from mostly the same senders. A block holds the output gradients of all receivers of a cluster in shared
 // memory and goes through their edges in the order of the senders: x is read once for all edges between a sender and the
 // cluster, a run, and they add up to one row of dx. It stands at the place of the run's first edge; the rows of other places
-// are not written, and nobody reads them. A group of one warp works on one of `graph.parts` shares of a cluster's edges, where
-// runs end too. `graph.order` and `graph.row` list edges by cluster and sender; `graph.groups` is the number of clusters.
+// are not written, and nobody reads them. `graph.order` and `graph.row` list edges by cluster and sender.
+//
+// A block works on the first `graph.limit` edges of one of `graph.groups` clusters. For the others every stretch of `limit`
+// positions in the list, a window, has a block: it holds such edges of one cluster at most. Each warp of a block takes a
+// share of its edges, where runs end too; ops/clusters.py finds the same runs.
 #pragma once
 #include "channelwise_gradient.cuh"
 
@@ -19,11 +22,12 @@ template <class S, int RECEIVERS> struct ClusterGradients {
 
     // By all threads of a block.
     MF_INLINE static void read(T* into, const T* g, index_t g_row, index_t first, index_t receivers, int u, int image) {
+        const int lane = threadIdx.x;
         for (int item = threadIdx.y; item < 2 * RECEIVERS; item += blockDim.y) {
             const index_t n = first + item / 2;
             if (n >= receivers) continue;
             const T* row = g + n * g_row + u;
-            T* target = into + item / 2 * RECEIVER + u;
+            T* target = into + item / 2 * RECEIVER + lane * S::VEC;
             S::Z::each([&](auto slot) {
                 typedef decltype(slot) Slot;
 #pragma unroll
@@ -38,12 +42,38 @@ template <class S, int RECEIVERS> struct ClusterGradients {
     }
 };
 
+// The positions [begin, end) that a block works on, and the cluster that they are of.
+struct ClusterWork {
+    index_t cluster, begin, end;
+    MF_INLINE ClusterWork(const Graph& graph, index_t block) {
+        const index_t window = (block - graph.groups) * graph.limit;
+        cluster = block;
+        if (block >= graph.groups) {  // the last cluster that begins at the window or before
+            index_t low = 0, high = graph.groups;
+            while (high - low > 1) {
+                const index_t middle = (low + high) >> 1;
+                if (graph.row[middle] <= window) low = middle;
+                else high = middle;
+            }
+            cluster = low;
+        }
+        begin = graph.row[cluster];
+        end = graph.row[cluster + 1];
+        if (block < graph.groups) {
+            end = begin + graph.limit < end ? begin + graph.limit : end;
+        } else {
+            begin = begin + graph.limit > window ? begin + graph.limit : window;
+            end = window + graph.limit < end ? window + graph.limit : end;
+        }
+    }
+};
+
 template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W, int RECEIVERS>
 MF_INLINE void conv_backward_clusters(const Graph& graph, const Operands<typename S::T>& in,
                                       const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline,
                                       int image, const typename S::T* g, index_t g_row, typename S::T* dx,
                                       typename S::T* dy, typename S::T* dw, index_t edges, int share) {
-    static_assert(S::WARPS == 1 && S::CHANNEL_BLOCKS == 1 && S::ORDER == 0 && S::RING == 0, "one warp, weights read");
+    static_assert(S::WARPS == 1 && S::ORDER == 0 && S::RING == 0, "one warp, weights read");
     typedef typename S::T T;
     typedef EdgeGradient<S, DUAL, WANT_X, WANT_Y, WANT_W> Gradient;
     typedef typename Gradient::Edge Edge;
@@ -52,16 +82,16 @@ MF_INLINE void conv_backward_clusters(const Graph& graph, const Operands<typenam
     extern __shared__ __align__(16) char memory[];
     T* gradients = reinterpret_cast<T*>(memory);
     const Shared<S, DUAL> shared(memory + Gradients::bytes() + threadIdx.y * Shared<S, DUAL>::bytes(WANT_Y), WANT_Y);
-    const int lane = threadIdx.x, u = lane * S::VEC;
-    const int parts = graph.parts / blockDim.y;  // blocks that share a cluster
-    const index_t cluster = blockIdx.x / parts, first = cluster * RECEIVERS;
+    const int lane = threadIdx.x, u = (channel_block<S>() * 32 + lane) * S::VEC;
+    const ClusterWork work(graph, blockIdx.x);
+    if (work.begin >= work.end) return;  // the same for all threads of the block
+    const index_t first = work.cluster * RECEIVERS;
     Gradients::read(gradients, g, g_row, first, graph.receivers, u, image);
 
-    const index_t begin = graph.row[cluster], stop = graph.row[cluster + 1];
-    const index_t size = (stop - begin + graph.parts - 1) / graph.parts;
-    index_t position = begin + (blockIdx.x % parts * blockDim.y + threadIdx.y) * size;
-    const index_t end = position + size < stop ? position + size : stop;
-    T* dy_part = dy + share * edges * S::OUT;
+    const index_t size = (work.end - work.begin + blockDim.y - 1) / blockDim.y;
+    index_t position = work.begin + threadIdx.y * size;
+    const index_t end = position + size < work.end ? position + size : work.end;
+    T* dy_part = dy + (share * S::CHANNEL_BLOCKS + channel_block<S>()) * edges * S::OUT;
     const Gradient gradient{shared, spline, image, u, lane, 0, dw};
     typename Gradient::OfX of_x;
     Edge current, next;
@@ -93,7 +123,7 @@ MF_INLINE void conv_backward_clusters(const Graph& graph, const Operands<typenam
                 run_row = dx + (position + slot) * S::X_ROW + u;
                 run_sender = sender;
             }
-            const T* of_receiver = gradients + shared.interval[slot] * Gradients::RECEIVER + u;
+            const T* of_receiver = gradients + shared.interval[slot] * Gradients::RECEIVER + lane * S::VEC;
             typename Gradient::OfY of_y;
             of_y.clear();
             gradient.add(slot, current, of_x, of_y, [&](auto path, C* room) -> const C* {

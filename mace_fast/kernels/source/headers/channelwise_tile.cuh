@@ -34,6 +34,11 @@ template <class S, bool DUAL> struct Shared {
     }
 };
 
+// Blocks of all channels follow one another.
+template <class S> MF_INLINE int channel_block() {
+    return S::CHANNEL_BLOCKS == 1 ? 0 : int(blockIdx.y) % S::CHANNEL_BLOCKS;
+}
+
 template <class S> MF_INLINE void group_barrier() {
     if (S::WARPS == 1) __syncwarp();
     else __syncthreads();

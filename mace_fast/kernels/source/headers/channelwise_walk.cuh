@@ -40,9 +40,6 @@ struct Stretch {
 
 // Blocks of all channels follow one another for each part.
 template <class S> MF_INLINE int part_of() { return int(blockIdx.y) / S::CHANNEL_BLOCKS; }
-template <class S> MF_INLINE int channel_block() {
-    return S::CHANNEL_BLOCKS == 1 ? 0 : int(blockIdx.y) % S::CHANNEL_BLOCKS;
-}
 
 // One bit for each of the first `count` slots of a tile.
 MF_INLINE unsigned first_slots(int count) { return count < 32 ? (1u << count) - 1 : 0xffffffffu; }
