@@ -12,6 +12,7 @@ from ase import Atoms
 from mace_fast import zoo
 from mace_fast.inference import FrozenMACE, Structures
 from mace_fast.patch.api import convert
+from mace_fast.verification.graphs import default_dtype
 
 ELEMENTS = [1, 6, 8]
 CUTOFF = 4.5
@@ -131,9 +132,11 @@ def as_structures(structures: Sequence[Atoms], model: Any, features: dict[str, n
 def reference(
     structures: Sequence[Atoms], model: torch.nn.Module, dtype: torch.dtype = torch.float64
 ) -> dict[str, Any]:
-    """mace-torch on mace-torch's own input."""
+    """mace-torch on mace-torch's own input, with torch's default dtype as its calculator sets it: the repulsion of
+    nuclei multiplies charges in that."""
     data = zoo.batch(list(structures), model, dtype=dtype)
-    out = model(dict(data), compute_stress=True)
+    with default_dtype(dtype):
+        out = model(dict(data), compute_stress=True)
     return {
         name: out[name].detach().double().numpy() for name in ("energy", "node_energy", "forces", "stress", "virials")
     }

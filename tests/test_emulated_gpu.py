@@ -98,6 +98,8 @@ def test_geometry_readouts_and_sums_of_a_program(seed: int, gpu: None, dtype: to
     test_program_kernels.test_geometry(seed, "cpu", dtype, 3)
     for users in ((1, 1), (3, 2)):
         test_program_kernels.test_gradient_of_several_users(seed, "cpu", dtype, users)
+    test_program_kernels.test_rows_divided_by_their_density(seed, "cpu", dtype)
+    test_program_kernels.test_repulsion_of_nuclei(seed, "cpu", dtype)
     for gradient in (True, False):
         test_program_kernels.test_node_energies(seed, "cpu", dtype, gradient)
     for padding in (0, 9):

@@ -18,6 +18,7 @@ from mace_fast.inference.edges import pad
 from mace_fast.inference.frozen import atomic_forces, edge_vectors
 from mace_fast.inference.tables import interpolate, tabulate
 from mace_fast.patch.api import convert
+from mace_fast.verification.graphs import default_dtype
 
 MODELS = ["mp0-small", "mp0-medium", "off23-medium", "omat0-small", "mh-1"]
 
@@ -43,7 +44,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_float64_agrees_to_1e_12(seed: int, name: str) -> None:
     model = small(name)
     data = zoo.graph(crystal(seed, mixed=name == "omat0-small"), model)
-    expected = model(dict(data), compute_stress=True, compute_edge_forces=True)
+    with default_dtype(torch.float64):  # in which mace-torch multiplies nuclear charges
+        expected = model(dict(data), compute_stress=True, compute_edge_forces=True)
     got = FrozenMACE(convert(model, verify=False))(dict(data), compute_stress=True)
     for key in ("energy", "node_energy", "forces", "node_feats"):
         assert relative(got[key], expected[key]) < 1e-12, key
@@ -59,7 +61,8 @@ def test_every_head_of_a_batch(seed: int) -> None:
     """Hidden channels of readouts belong to heads."""
     model = small("mh-1")
     data = zoo.batch([crystal(seed)] * len(model.heads), model, head=model.heads)
-    expected = model(dict(data), compute_stress=True)
+    with default_dtype(torch.float64):
+        expected = model(dict(data), compute_stress=True)
     got = FrozenMACE(convert(model, verify=False))(dict(data), compute_stress=True)
     assert len({round(float(energy), 6) for energy in expected["energy"]}) == len(model.heads)
     for key in ("energy", "node_energy", "forces"):

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
+from mace.modules.radial import ZBLBasis
 from oracles import assert_close
 
+import mace_fast._mace  # noqa: F401  (before every other import of mace)
+from mace_fast.inference.repulsion import freeze_repulsion
 from mace_fast.kernels.build import CudaSource, compile_cuda
 from mace_fast.kernels.ops.geometry import edge_geometry, edge_gradient
 from mace_fast.kernels.ops.graph import edge_graph
 from mace_fast.kernels.ops.harmonics import edge_harmonics
+from mace_fast.kernels.ops.normalise import normalise_rows
 from mace_fast.kernels.ops.readout import node_energies
+from mace_fast.kernels.ops.repulsion import nuclear_repulsion
 from mace_fast.kernels.ops.segment import segments
 from mace_fast.kernels.ops.totals import atom_forces, structure_energies, structure_stress
 from mace_fast.kernels.source.geometry import geometry_cuda, gradient_cuda
+from mace_fast.kernels.source.normalise import normalise_cuda
 from mace_fast.kernels.source.readout import readout_cuda
+from mace_fast.kernels.source.repulsion import repulsion_cuda
 from mace_fast.kernels.source.totals import totals_cuda
+from mace_fast.verification.graphs import default_dtype
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float64]
@@ -34,6 +45,69 @@ def test_geometry(seed: int, device: str, dtype: torch.dtype, lmax: int) -> None
     assert torch.equal(vectors, exact.to(dtype))
     wanted_radius, wanted_y = edge_harmonics(vectors, lmax)
     assert torch.equal(radius, wanted_radius) and torch.equal(y, wanted_y)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_divided_by_their_density(seed: int, device: str, dtype: torch.dtype) -> None:
+    for rows, columns, slope, offset in ((37, 300, 1.0, 1.0), (5, 1, 0.3, 20.0), (0, 4, 1.0, 1.0)):
+        x, g = (torch.randn(rows, columns, dtype=torch.float64, device=device) for _ in range(2))
+        exact = (x.requires_grad_(), torch.rand(rows, 1, dtype=torch.float64, device=device).requires_grad_())
+        expected = exact[0] / (slope * exact[1] + offset)
+        leaves = [t.detach().to(dtype).requires_grad_() for t in exact]
+        got = normalise_rows(leaves[0], leaves[1], slope, offset)
+        assert_close(got, expected)
+        gradients = torch.autograd.grad(got, leaves, g.to(dtype))
+        for ours, theirs in zip(gradients, torch.autograd.grad(expected, exact, g), strict=True):
+            assert_close(ours, theirs, terms=columns)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repulsion_of_nuclei(seed: int, device: str, dtype: torch.dtype) -> None:
+    """mace-torch's, with edges inside and outside of its reach; edges that no row lists do not count."""
+    numbers = torch.tensor([1, 6, 29, 92], device=device)
+    for p, atoms, listed in ((6, 40, 2000), (2, 3, 200), (5, 4, 0)):
+        block = ZBLBasis(p=p).double().to(device)
+        species = torch.randint(len(numbers), (atoms,), device=device)
+        sender, receiver = torch.randint(atoms, (2, listed + 5), device=device)
+        receiver = receiver.sort().values
+        row = torch.searchsorted(receiver[:listed], torch.arange(atoms + 1, device=device)).to(torch.int32)
+        radius = (0.3 + 4 * torch.rand(listed + 5, dtype=torch.float64, device=device)).to(dtype).double()
+        exact = radius[:listed].clone().requires_grad_()
+        index = torch.stack([sender, receiver])[:, :listed]
+        one_hot = torch.nn.functional.one_hot(species, len(numbers)).double()
+        with default_dtype(torch.float64):  # in which it multiplies the charges
+            expected = block(exact[:, None], one_hot, index, numbers)
+        model = SimpleNamespace(_modules={"pair_repulsion_fn": block}, atomic_numbers=numbers)
+        model.parameters = partial(iter, [radius.to(dtype)])
+        form = freeze_repulsion(model)
+        assert form is not None and form.table.dtype == dtype
+        radius[listed:] = NAN
+        leaf = radius.to(dtype).requires_grad_()
+        got = nuclear_repulsion(form, leaf, species, sender.to(torch.int32), row)
+        assert_close(got, expected, terms=100)
+        g = torch.randn(atoms, dtype=torch.float64, device=device)
+        (gradient,) = torch.autograd.grad(got, leaf, g.to(dtype))
+        (wanted,) = torch.autograd.grad(expected, exact, g)
+        assert_close(gradient[:listed], wanted, terms=100)
+        assert (expected > 0).all() == (listed > 0)
+    row = torch.tensor([0, 5, 5, 5, 5], dtype=torch.int32, device=device)
+    found = nuclear_repulsion(form, torch.full_like(leaf, NAN), species, sender.to(torch.int32), row)
+    assert torch.isnan(found).tolist() == [True, False, False, False]
+
+
+def test_other_repulsions_have_no_form() -> None:
+    parameter = torch.nn.Parameter(torch.ones(1))
+    for modules in ({}, {"pair_repulsion_fn": torch.nn.Identity()}):
+        assert freeze_repulsion(SimpleNamespace(_modules=modules, parameters=lambda: iter([parameter]))) is None
+
+
+def test_what_has_no_density_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"density has shape \(3,\); .*\(3, 1\)"):
+        normalise_rows(torch.ones(3, 2), torch.ones(3))
+    with pytest.raises(TypeError, match="density is torch.float64"):
+        normalise_rows(torch.ones(3, 2), torch.ones(3, 1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -234,7 +308,9 @@ def test_kernels_compile_without_spills(arch: str, ctype: str) -> None:
     sources: list[CudaSource] = [
         geometry_cuda(3, ctype),
         gradient_cuda(3, ctype, 3, 2),
+        normalise_cuda(ctype),
         readout_cuda(ctype, (0, 16)),
+        repulsion_cuda(ctype),
         totals_cuda(ctype),
     ]
     for source in sources:

@@ -21,10 +21,12 @@ from mace_fast.inference.energies import (
 )
 from mace_fast.inference.layers import EdgeInputs, FrozenLayer, freeze_layer
 from mace_fast.inference.radial import depends_on_species, radial_weights
+from mace_fast.inference.repulsion import freeze_repulsion
 from mace_fast.inference.tables import SplineTable, tabulate
 from mace_fast.kernels.ops.geometry import edge_gradient
 from mace_fast.kernels.ops.harmonics import edge_harmonics
 from mace_fast.kernels.ops.prepare import compile_sources, spline_sources, target
+from mace_fast.kernels.ops.repulsion import Repulsion, nuclear_repulsion
 from mace_fast.kernels.ops.segment import segment_sum, segments
 from mace_fast.kernels.ops.totals import atom_forces
 from mace_fast.patch.blocks.interaction import FastInteraction, FastRealAgnosticAttResidualInteraction
@@ -37,6 +39,7 @@ class Prepared:
 
     layers: tuple[FrozenLayer, ...]
     readouts: tuple[Readout, ...]
+    repulsion: Repulsion | None
     present: tuple[int, ...]
     fingerprint: tuple[object, ...]
 
@@ -223,7 +226,9 @@ class FrozenMACE(torch.nn.Module):
             return users[-1]
 
         with torch.set_grad_enabled(want_forces):
-            pair = self._pair_energy(data, of_edges()) if "pair_repulsion_fn" in self._modules else None
+            pair = None
+            if "pair_repulsion_fn" in self._modules:
+                pair = self._pair_energy(prepared.repulsion, data, of_edges())
             x, features = nodes.features, []
             for number, layer in enumerate(prepared.layers):
                 x = layer(x, of_edges(), nodes.skip if number == 0 else None)
@@ -272,10 +277,10 @@ class FrozenMACE(torch.nn.Module):
                         zip(self.interactions, self.products, tables, strict=True)
                     )
                 )
-                readouts = freeze_readouts(self)
+                readouts, repulsion = freeze_readouts(self), freeze_repulsion(self)
             _compile(layers)
             self.table_error = max(table.error for table in tables)
-            prepared = Prepared(layers, readouts, present, fingerprint)
+            prepared = Prepared(layers, readouts, repulsion, present, fingerprint)
             self._prepared = prepared
         return prepared
 
@@ -316,9 +321,11 @@ class FrozenMACE(torch.nn.Module):
         """Of the spherical harmonics."""
         return int(self.spherical_harmonics.irreps_out.lmax)
 
-    def _pair_energy(self, data: dict[str, Tensor], inputs: EdgeInputs) -> Tensor:
-        """Repulsion of the nuclei [N]."""
+    def _pair_energy(self, form: Repulsion | None, data: dict[str, Tensor], inputs: EdgeInputs) -> Tensor:
+        """Repulsion of the nuclei [N]; by the model's own module where there is no kernel for its form."""
         edges = inputs.edges
+        if form is not None:
+            return nuclear_repulsion(form, inputs.radius, edges.species, edges.sender, edges.row)
         index = torch.stack([edges.sender, edges.receiver]).long()
         energy: Tensor = self.pair_repulsion_fn(inputs.radius[:, None], data["node_attrs"], index, self.atomic_numbers)
         return energy

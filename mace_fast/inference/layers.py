@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, 
 from mace_fast.kernels.description.linear import Linear
 from mace_fast.kernels.description.polynomial import WeightedPolynomial
 from mace_fast.kernels.ops.linear import arrange_indexed_weight, indexed_linear, linear, linear_add
+from mace_fast.kernels.ops.normalise import normalise_rows
 from mace_fast.kernels.ops.spline_conv import FrozenGraph, RadialSpline, spline_conv
 from mace_fast.kernels.ops.symmetric import fold_weights, weighted_polynomial
 from mace_fast.patch.blocks.interaction import (
@@ -151,12 +153,11 @@ def freeze_layer(
     normalise: Callable[[Tensor, Tensor], Tensor] | None = None
     residual = finish = None
     if nonlinear:
-        alpha, beta = interaction.alpha.detach(), interaction.beta.detach()
-        normalise = _affine(alpha, beta)
+        normalise = partial(normalise_rows, slope=float(interaction.beta), offset=float(interaction.alpha))
         residual = _linear(interaction.linear_res.weight, plan.residual)
         finish = _gated(plan, interaction)
     elif has_density:
-        normalise = _one_plus
+        normalise = normalise_rows
     skip = by_species = None
     if plan.species:
         indexed = _indexed(interaction.skip_tp.weight, plan.skip, plan.species)
@@ -188,14 +189,6 @@ def _linear(weight: Tensor, description: Linear) -> Map:
 def _indexed(weight: Tensor, description: Linear, species: int) -> Callable[[Tensor, SortedEdges], Tensor]:
     arranged = arrange_indexed_weight(weight.detach(), description, species).contiguous()
     return lambda x, edges: indexed_linear(x, arranged, edges.species, description, edges.groups)
-
-
-def _one_plus(message: Tensor, density: Tensor) -> Tensor:
-    return message / (density + 1)
-
-
-def _affine(alpha: Tensor, beta: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda message, density: message / (density * beta + alpha)
 
 
 def _gated(plan: NonLinearPlan, block: Any) -> Map:

@@ -22,7 +22,9 @@ from mace_fast.kernels.ops import (
     harmonics,
     linear,
     linear_cuda,
+    normalise,
     readout,
+    repulsion,
     segment,
     sender_sum,
     symmetric,
@@ -118,7 +120,18 @@ def load_emulated(source: CudaSource, device: torch.device | str) -> EmulatedMod
     return _load(source)
 
 
-_MODULES = (channelwise_run, fully_connected, geometry, harmonics, readout, sender_sum, symmetric, totals)
+_MODULES = (
+    channelwise_run,
+    fully_connected,
+    geometry,
+    harmonics,
+    normalise,
+    readout,
+    repulsion,
+    sender_sum,
+    symmetric,
+    totals,
+)
 _OPS = (
     ("csr", segment._csr_cuda),
     ("segment_sum", segment._segment_sum_cuda),
