@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mace_fast.kernels.build import CudaModule, cpu_threads, load_cpu, load_cuda, on_gpu
 from mace_fast.kernels.ops.checks import require_like, require_shape, require_values
-from mace_fast.kernels.source.normalise import GRADIENT, NORMALISE, THREADS, normalise_cpu, normalise_cuda
+from mace_fast.kernels.source.normalise import GRADIENT, MOST_THREADS, NORMALISE, normalise_cpu, normalise_cuda
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
 _LIBRARY.define("normalise_rows(Tensor x, Tensor density, float slope, float offset) -> Tensor")
@@ -19,7 +19,7 @@ _LIBRARY.define(
     "normalise_rows_gradient(Tensor g, Tensor out, Tensor density, float slope, float offset) -> (Tensor, Tensor)"
 )
 _CTYPES = {torch.float32: "float", torch.float64: "double"}
-_WARP = 32
+_COLUMNS_A_THREAD = 4
 
 
 def normalise_rows(x: Tensor, density: Tensor, slope: float = 1.0, offset: float = 1.0) -> Tensor:
@@ -70,8 +70,9 @@ def _run(entry: str, tensors: list[Tensor], slope: float, offset: float, like: T
         return
     ctype = _CTYPES[like.dtype]
     if on_gpu(like):
-        grid = (-(-rows * _WARP // THREADS), 1, 1)
-        _cuda(ctype, like.device).launch(entry, grid, (THREADS, 1, 1), 0, (*tensors, slope, offset, columns, rows))
+        threads = min(MOST_THREADS, 32 * max(1, columns // (32 * _COLUMNS_A_THREAD)))
+        arguments: list[Any] = [*tensors, slope, offset, columns, rows]
+        _cuda(ctype, like.device).launch(entry, (rows, 1, 1), (threads, 1, 1), 0, arguments)
     else:
         pointers = [t.data_ptr() for t in tensors]
         _function(entry, ctype, len(tensors))(*pointers, slope, offset, columns, rows, cpu_threads())

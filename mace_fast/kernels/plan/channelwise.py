@@ -295,17 +295,20 @@ class Preference:
         registers: the most that a thread may need, by the plan's estimate.
         segments: the most that there may be.
         alone: the registers instead, where one warp has all channels of a receiver.
+        least: registers; products that need fewer have better choices.
     """
 
     schedule: Schedule
     registers: int
     segments: int = 1000
     alone: int | None = None
+    least: int = 0
 
     def suits(self, layout: ChannelwisePlan) -> bool:
         """Whether this is the choice for a product that is laid out so."""
         limit = self.alone if self.alone is not None and layout.warps == 1 else self.registers
-        return layout.together and layout.most_registers <= limit and len(layout.segments) <= self.segments
+        fits = self.least <= layout.most_registers <= limit
+        return layout.together and fits and len(layout.segments) <= self.segments
 
 
 def _preferred(role: Role, item_bytes: int) -> tuple[Preference, ...]:
@@ -401,12 +404,16 @@ def _preferred_clusters(role: Role, item_bytes: int) -> tuple[Preference, ...]:
     """The same for clusters of receivers; read off benchmarks/results/h100-tune-clusters.json."""
     if not role.backward or role.spline:
         return ()
-    wide, two = Schedule(4, 160, not role.dual, 0, CLUSTER), Schedule(2, 160, False, 0, CLUSTER)
+    two = Schedule(2, 160, False, 0, CLUSTER)
+    ahead = Schedule(2 if item_bytes == 8 else 4, 160, True, 0, CLUSTER)
+    if item_bytes == 8 and role.dual:
+        one = Schedule(1, 80, False, 0, CLUSTER)
+        return (Preference(two, 270, least=240), Preference(one, 232, segments=1, least=200))
     if item_bytes == 8:
-        return (Preference(Schedule(2, 80, False, 0, CLUSTER) if role.dual else two, THREAD_REGISTERS),)
+        return (Preference(ahead, 230), Preference(two, 210))
     if role.dual:
-        return (Preference(wide, 150, segments=1), Preference(two, 230, segments=1))
-    return (Preference(wide, 205), Preference(two, 140, segments=1))
+        return (Preference(Schedule(4, 160, False, 0, CLUSTER), 150, segments=1), Preference(two, 230, segments=1))
+    return (Preference(ahead, 205), Preference(two, 140, segments=1))
 
 
 def _attempt(

@@ -8,7 +8,8 @@ from mace_fast.kernels.build import CpuSource, CudaSource
 from mace_fast.kernels.source.text import header
 
 NORMALISE, GRADIENT = "normalise_rows", "normalise_rows_gradient"
-THREADS = 128
+MOST_THREADS = 1024
+"""Of a block on CUDA, which has a row: few and long rows must fill a GPU too."""
 
 _NUMBERS = "double slope, double offset, long long columns, long long rows"
 _PARAMETERS = {
@@ -19,13 +20,13 @@ _DIVISOR = "    const NUMBER divisor = NUMBER(slope) * density[n] + NUMBER(offse
 _BODY = {
     NORMALISE: [
         _DIVISOR,
-        "    mf::normalise_row(x + n * columns, divisor, out + n * columns, columns, lane);",
+        "    mf::normalise_row(x + n * columns, divisor, out + n * columns, columns, thread, threads);",
     ],
     GRADIENT: [
         _DIVISOR,
         "    const long long at = n * columns;",
-        "    const NUMBER sum = mf::normalise_row_gradient(g + at, out + at, divisor, dx + at, columns, lane);",
-        "    if (lane == 0) ddensity[n] = -NUMBER(slope) * sum;",
+        "    const NUMBER sum = mf::normalise_row_gradient(g + at, out + at, divisor, dx + at, columns, thread, threads);",
+        "    if (thread == 0) ddensity[n] = -NUMBER(slope) * sum;",
     ],
 }
 _INCLUDES = ['#include "number.h"', '#include "lanes.h"', '#include "normalise.h"']
@@ -37,14 +38,13 @@ def _headers() -> tuple[tuple[str, str], ...]:
 
 @cache
 def normalise_cuda(ctype: str) -> CudaSource:
-    """Kernels ``normalise_rows`` and ``normalise_rows_gradient``, a warp for each row."""
+    """Kernels ``normalise_rows`` and ``normalise_rows_gradient``, a block for each row."""
     text = list(_INCLUDES)
     for entry, body in _BODY.items():
         text += [
-            f'extern "C" __global__ void {entry}({_PARAMETERS[entry]}) {{',
-            "    const long long n = (blockIdx.x * (long long)blockDim.x + threadIdx.x) / mf::LANES;",
-            "    const int lane = threadIdx.x % mf::LANES;",
-            "    if (n >= rows) return;",
+            f'extern "C" __global__ void __launch_bounds__({MOST_THREADS}) {entry}({_PARAMETERS[entry]}) {{',
+            "    const long long n = blockIdx.x;",
+            "    const int thread = threadIdx.x, threads = blockDim.x;",
             *body,
             "}",
         ]
@@ -58,10 +58,10 @@ def normalise_cpu(ctype: str) -> CpuSource:
     text = list(_INCLUDES)
     for entry, body in _BODY.items():
         text += [
-            f'extern "C" __attribute__((visibility("default"))) void {entry}({_PARAMETERS[entry]}, int threads) {{',
-            "#pragma omp parallel for num_threads(threads)",
+            f'extern "C" __attribute__((visibility("default"))) void {entry}({_PARAMETERS[entry]}, int team) {{',
+            "#pragma omp parallel for num_threads(team)",
             "for (long long n = 0; n < rows; ++n) {",
-            "    const int lane = 0;",
+            "    const int thread = 0, threads = 1;",
             *body,
             "}",
             "}",
