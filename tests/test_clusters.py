@@ -67,7 +67,7 @@ class Case:
     """Operands of a product of 64 channels, which fill a warp of two each, on one graph."""
 
     def __init__(self, graph: EdgeGraph, variant: Variant, dtype: torch.dtype, device: str) -> None:
-        graph = EdgeGraph(*(t.to(device) for t in graph[:7]))
+        graph = graph.to(device)
         self.graph, self.variant, self.d, edges = graph, variant, mace_product(1, 64), graph.num_edges
         sizes = ((graph.num_senders, self.d.x_dim), (edges, self.d.y_dim), (edges, self.d.weight_numel))
         self.operands = tuple(torch.randn(n, m, dtype=dtype, device=device) for n, m in sizes)
@@ -152,6 +152,13 @@ def test_graphs_list_clusters_where_asked(rng: np.random.Generator, device: str)
     assert graph.clusters is not None
     expected = with_clusters(plain).clusters
     assert all(torch.equal(a.cpu(), b) for a, b in zip(graph.clusters[:2], expected[:2], strict=True))
+
+
+def test_a_graph_moves_with_all_that_it_lists(rng: np.random.Generator) -> None:
+    for graph in (some_graph(rng, 9, 10, 120), with_clusters(some_graph(rng, 9, 10, 120))):
+        moved = graph.to("meta")
+        assert {t.device.type for t in moved.lists if t is not None} == {"meta"}
+        assert all(a is b is None or a.shape == b.shape for a, b in zip(graph.lists, moved.lists, strict=True))
 
 
 def test_op_of_lists(rng: np.random.Generator) -> None:

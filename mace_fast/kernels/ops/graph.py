@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,13 @@ class EdgeGraph(NamedTuple):
     @property
     def num_senders(self) -> int:
         return self.sender_row.shape[0] - 1
+
+    def to(self, device: torch.device | str) -> EdgeGraph:
+        """The same graph on another device."""
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in self._fields[:7]}
+        if self.clusters is not None:
+            moved["clusters"] = Clusters(*(t.to(device) for t in self.clusters))
+        return self._replace(**moved)
 
     def check(self) -> None:
         """Wait for the device and raise if an index was out of range.
