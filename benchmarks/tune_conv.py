@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -207,8 +208,7 @@ def main() -> None:
                     print(f"{name:10} {role:17} {row['ms']:8.4f} ms  {shown}{'  <- plan' if row['chosen'] else ''}")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        command = f"python -m benchmarks.tune_conv --graph {args.graph} --dtype {args.dtype}"
-        command += " --at-senders" if args.at_senders else ""
+        command = " ".join(["python -m benchmarks.tune_conv", *sys.argv[1:]])
         result = {"device": device_name(device), "torch": torch.__version__, "command": command, "rows": rows}
         args.output.write_text(json.dumps(result, indent=1) + "\n")
 
