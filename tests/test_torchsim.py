@@ -72,7 +72,7 @@ def test_its_own_contract(torch_sim: Any) -> None:
     interface = importlib.import_module("torch_sim.models.interface")
     from mace_fast import zoo
 
-    model = make(zoo.build("mp0-small", elements=[14, 26], channels=8, dtype=torch.float64))
+    model = make(zoo.build("mp0-small", elements=[12, 14, 26], channels=8, dtype=torch.float64))
     interface.validate_model_outputs(model, torch.device("cpu"), torch.float64)
 
 
