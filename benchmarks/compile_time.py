@@ -40,7 +40,7 @@ from mace_fast.files import published
 from mace_fast.inference import FrozenMACE
 from mace_fast.kernels.build import CpuSource, CudaSource, compile_cuda, side_by_side
 from mace_fast.kernels.ops import channelwise_run, harmonics, linear, linear_cuda, segment, symmetric
-from mace_fast.kernels.source.channelwise import PASSES, cuda_source
+from mace_fast.kernels.source.channelwise import cuda_source, gpu_passes
 from mace_fast.kernels.source.segment import segment_lists_cuda
 
 _MODULES = (channelwise_run, harmonics, linear, linear_cuda, segment, symmetric)
@@ -148,7 +148,9 @@ def cuda_row(model_name: str, form: str, dtype: torch.dtype, arch: str) -> dict[
 
 def conv_row(problem: str, dtype: torch.dtype, arch: str) -> dict[str, Any]:
     """Times of NVRTC for one convolution, and what its kernels use."""
-    sources = [cuda_source(PROBLEMS[problem].description(), dtype.itemsize, variant) for variant in PASSES]
+    description = PROBLEMS[problem].description()
+    passes = gpu_passes(description, dtype.itemsize)
+    sources = [cuda_source(description, dtype.itemsize, variant) for variant in passes]
     wall, cpu = time.perf_counter(), _processor_time()
     compiled = side_by_side([partial(compile_cuda, source, arch) for source in sources])
     used = [max(c.resources.values(), key=lambda r: r.registers) for c in compiled]

@@ -32,7 +32,7 @@ from mace_fast.kernels.ops.channelwise_run import NO_SPLINE, Call, Spline, gradi
 from mace_fast.kernels.ops.clusters import find_clusters
 from mace_fast.kernels.ops.sender_sum import sum_at_senders
 from mace_fast.kernels.plan.channelwise import Schedule, plan
-from mace_fast.kernels.source.channelwise import Variant, cuda_source
+from mace_fast.kernels.source.channelwise import BOTH, Variant, cuda_source
 
 ORDER = 6
 ROLES = {
@@ -40,6 +40,7 @@ ROLES = {
     "backward": Variant(False, True, True, True, True),
     "tangent": Variant(True, False),
     "backward_tangent": Variant(True, True, True, True, True),
+    "both_tangents": BOTH,
     "spline": Variant(False, False, order=ORDER),
     "spline_backward": Variant(False, True, True, True, False, ORDER),
     "spline_backward_y": Variant(False, True, False, True, False, ORDER),
@@ -58,11 +59,12 @@ def schedules(
     rings: Sequence[int] = RINGS,
     budgets: Sequence[int] = REGISTERS,
     clusters: Sequence[int] = (0,),
+    tiles: Sequence[int] = (32,),
 ) -> list[Schedule]:
     """The plan's own, and others that differ in the kernels they lead to and may fit the registers."""
     chosen = plan(d, item_bytes, variant.role).schedule
     found: dict[object, Schedule] = {}
-    choices = itertools.product((1, 2, 4), budgets, (False, True), rings, clusters)
+    choices = itertools.product((1, 2, 4), budgets, (False, True), rings, clusters, tiles)
     for schedule in (chosen, *(Schedule(*choice) for choice in choices)):
         vector, prefetch, ring, cluster = schedule.vector, schedule.prefetch, schedule.ring, schedule.cluster
         try:
@@ -120,13 +122,15 @@ class Case:
             dx = self.x.new_empty(self.edges, d.x_dim) if variant.want_x else self.x.new_empty(0)
             dy = self.x.new_empty(parts, self.edges, d.y_dim + (variant.order > 0))
             dw = torch.empty_like(self.w) if variant.want_w else self.x.new_empty(0)
-            outputs = (self.g, d.z_dim, dx, dy, dw if variant.want_w else None, 0, self.edges)
+            z = self.x.new_empty(self.nodes, d.z_dim)
+            sums = (z, d.z_dim) if variant.want_z else ()
+            outputs = (self.g, d.z_dim, dx, dy, dw if variant.want_w else None, 0, self.edges, *sums)
             run_kernel(Call(key, variant, operands, graph.lists, outputs, tangents, spline, schedule))
             if at_senders and variant.want_x:
                 lists = graph[4:6] if graph.clusters is None else graph.clusters[2:]
                 rows, dx = dx, torch.empty_like(self.x)
                 sum_at_senders(rows, *lists, dx, 0, self.edges, self.edges / self.nodes)
-            results = [dx, dy[0] if parts == 1 else dy.sum(0), dw]
+            results = [dx, dy[0] if parts == 1 else dy.sum(0), dw, *sums[:1]]
         else:
             results = [self.x.new_empty(self.nodes, d.z_dim)]
             outputs = (results[0], d.z_dim)
@@ -142,6 +146,7 @@ def main() -> None:
     parser.add_argument("--rings", nargs="+", type=int, default=list(RINGS), help="lengths of rings; 0 is none")
     parser.add_argument("--registers", nargs="+", type=int, default=list(REGISTERS), help="of a segment, at most")
     parser.add_argument("--clusters", nargs="+", type=int, default=[0], choices=CLUSTERS, help="receivers of a cluster")
+    parser.add_argument("--tiles", nargs="+", type=int, default=[32], help="most edges of a tile")
     parser.add_argument(
         "--at-senders", action="store_true", help="time the sums of the gradients of x at senders too; clusters need it"
     )
@@ -159,7 +164,7 @@ def main() -> None:
     for name in args.problems:
         for role in args.roles:
             d, variant = PROBLEMS[name].description(), ROLES[role]
-            mine = schedules(d, dtype.itemsize, variant, args.rings, args.registers, args.clusters)
+            mine = schedules(d, dtype.itemsize, variant, args.rings, args.registers, args.clusters, args.tiles)
             jobs += [((d, dtype.itemsize, variant, s, arch), name, role) for s in mine]
     with ProcessPoolExecutor(args.processes) as pool:
         resources = list(pool.map(compiled, [job for job, _, _ in jobs]))
@@ -190,6 +195,7 @@ def main() -> None:
                 "prefetch": schedule.prefetch,
                 "ring": schedule.ring,
                 "cluster": schedule.cluster,
+                "tile": schedule.tile,
                 "segments": len(layout.segments),
                 "together": layout.together,
                 "used_registers": registers,

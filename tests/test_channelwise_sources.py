@@ -11,7 +11,7 @@ from mace_fast.kernels.build import compile_cuda
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, Path
 from mace_fast.kernels.plan.channelwise import Role, Schedule, plan
 from mace_fast.kernels.source import fitted
-from mace_fast.kernels.source.channelwise import Variant, cuda_source
+from mace_fast.kernels.source.channelwise import BOTH, Variant, cuda_source
 from mace_fast.kernels.source.fitted import fitted_source
 from mace_fast.kernels.source.harmonics import cuda_source as harmonics_source
 
@@ -22,6 +22,7 @@ VARIANTS = {
     "backward": Variant(False, True, True, True, True),
     "forward of tangents": Variant(True, False),
     "backward of tangents": Variant(True, True, True, True, True),
+    "both tangents": BOTH,
     "spline": Variant(False, False, order=6),
     "spline backward": Variant(False, True, True, True, False, 6),
 }
@@ -30,6 +31,7 @@ WIDEST = [
     (1, "spline backward"),
     (2, "forward"),
     (2, "backward of tangents"),
+    (2, "both tangents"),
     (2, "spline backward"),
 ]
 """Kernels that come close to what a thread can hold; the others stay far from it on every target."""

@@ -1,13 +1,14 @@
 """torch ops for the channelwise tensor product, with and without the graph, differentiable to any order.
 
-Four ops close the algebra of a product that is linear in x, y and w:
+Five ops close the algebra of a product that is linear in x, y and w:
 
     conv               F(x, y, w)
     conv_backward      gradients of <g, F> with respect to x, y, w
     conv_jvp           derivative of F along (x', y', w')
     conv_backward_jvp  derivative of conv_backward along (x', y', w'), g fixed
+    conv_both_jvp      the last two at once, which gradients of conv_backward consist of
 
-The gradient of each is again made of these four, so there is no order at which derivation stops.
+The gradient of each is again made of these, so there is no order at which derivation stops.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from mace_fast.kernels.ops.channelwise_run import (
     Tangents,
     clusters_of,
     gradient_rows,
+    makes_sums_beside_gradients,
     run_kernel,
     sizes,
 )
@@ -50,6 +52,10 @@ _LIBRARY.define(f"conv_jvp(Tensor x, Tensor y, Tensor w, {_TANGENTS}, {_GRAPH}, 
 _LIBRARY.define(
     f"conv_backward_jvp(Tensor x, Tensor y, Tensor w, Tensor g, {_TANGENTS}, {_GRAPH}, str description, bool want_x, "
     "bool want_y, bool want_w) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"conv_both_jvp(Tensor x, Tensor y, Tensor w, Tensor g, {_TANGENTS}, {_GRAPH}, str description, bool want_x, "
+    "bool want_y, bool want_w) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -135,14 +141,18 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def _forward(x: Tensor, y: Tensor, w: Tensor, tangents: Tangents, graph: Graph, key: str, *, dual: bool) -> Tensor:
-    description = ChannelwiseTensorProduct.parse(key)
-    receivers, _ = sizes(y, graph)
     x, y, w = x.contiguous(), y.contiguous(), w.contiguous()
-    make = x.new_empty if description.covers_z else x.new_zeros
-    z = make((receivers, description.z_dim))
+    z, z_dim = _sums(x, y, graph, key)
     a, b, c = (_dense(t) for t in tangents)
-    run_kernel(Call(key, Variant(dual, False), (x, y, w), graph, (z, description.z_dim), (a, b, c)))
+    run_kernel(Call(key, Variant(dual, False), (x, y, w), graph, (z, z_dim), (a, b, c)))
     return z
+
+
+def _sums(x: Tensor, y: Tensor, graph: Graph, key: str) -> tuple[Tensor, int]:
+    """Room for sums at receivers, and the length of its rows."""
+    description = ChannelwiseTensorProduct.parse(key)
+    make = x.new_empty if description.covers_z else x.new_zeros
+    return make((sizes(y, graph)[0], description.z_dim)), description.z_dim
 
 
 def _backward(
@@ -156,13 +166,15 @@ def _backward(
     wants: tuple[bool, bool, bool],
     *,
     dual: bool,
+    sums: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """``sums``: where to leave what ``_forward`` returns as well; there is an edge then, and something wanted."""
     description = ChannelwiseTensorProduct.parse(key)
     x, y, w, g = x.contiguous(), y.contiguous(), w.contiguous(), g.contiguous()
     _, edges = sizes(y, graph)
     want_x, want_y, want_w = wants
     want_w = want_w and description.weight_numel > 0
-    variant = Variant(dual, True, want_x, want_y, want_w)
+    variant = Variant(dual, True, want_x, want_y, want_w, want_z=sums is not None)
     parts, of_runs = gradient_rows(key, x, variant, graph) if edges else (1, False)
     empty = x.new_empty(0)
     make = x.new_empty if description.covers_x else x.new_zeros
@@ -171,7 +183,7 @@ def _backward(
     w_of_edges = x.new_empty((edges, description.weight_numel)) if want_w else empty
     if edges and (want_x or want_y or want_w):
         a, b, c = (_dense(t) for t in tangents)
-        outputs = (g, description.z_dim, x_of_edges, y_parts, w_of_edges, 0, edges)
+        outputs = (g, description.z_dim, x_of_edges, y_parts, w_of_edges, 0, edges, *(sums or ()))
         run_kernel(Call(key, variant, (x, y, w), graph, outputs, (a, b, c)))
     dx = _sum_at_senders(x_of_edges, graph, of_runs=of_runs) if want_x else empty
     dy = (y_parts[0] if parts == 1 else y_parts.sum(0)) if want_y else empty
@@ -179,6 +191,24 @@ def _backward(
     if wants[2] and not want_w:
         dw = torch.zeros_like(w)
     return dx, dy, dw
+
+
+def _both(
+    x: Tensor,
+    y: Tensor,
+    w: Tensor,
+    g: Tensor,
+    tangents: Tangents,
+    graph: Graph,
+    key: str,
+    wants: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tangents of sums and of gradients: by one kernel where there is one that fits, which is on a GPU."""
+    if not (y.shape[0] and makes_sums_beside_gradients(key, x)):
+        z = _forward(x, y, w, tangents, graph, key, dual=True)
+        return (z, *_backward(x, y, w, g, tangents, graph, key, wants, dual=True))
+    sums = _sums(x, y, graph, key)
+    return (sums[0], *_backward(x, y, w, g, tangents, graph, key, wants, dual=True, sums=sums))
 
 
 def _sum_at_senders(values: Tensor, graph: Graph, *, of_runs: bool) -> Tensor:
@@ -196,7 +226,7 @@ def _sum_at_senders(values: Tensor, graph: Graph, *, of_runs: bool) -> Tensor:
     return segment_sum(values, Segments(sender, order, row))
 
 
-# --- the four ops
+# --- the ops
 
 
 def _conv(x: Tensor, y: Tensor, w: Tensor, *rest: Any) -> Tensor:
@@ -230,6 +260,20 @@ def _conv_backward_jvp(
     return _backward(x, y, w, g, (a, b, c), tuple(graph), key, (want_x, want_y, want_w), dual=True)
 
 
+def _conv_both_jvp(
+    x: Tensor,
+    y: Tensor,
+    w: Tensor,
+    g: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *graph, key, want_x, want_y, want_w = rest
+    return _both(x, y, w, g, (a, b, c), tuple(graph), key, (want_x, want_y, want_w))
+
+
 def _fake_z(x: Tensor, y: Tensor, row: Tensor | None, key: str) -> Tensor:
     receivers = y.shape[0] if row is None else row.shape[0] - 1
     return x.new_empty((receivers, ChannelwiseTensorProduct.parse(key).z_dim))
@@ -250,6 +294,7 @@ for _name, _function in (
     ("conv_backward", _conv_backward),
     ("conv_jvp", _conv_jvp),
     ("conv_backward_jvp", _conv_backward_jvp),
+    ("conv_both_jvp", _conv_both_jvp),
 ):
     _LIBRARY.impl(_name, _function, "CPU")
     _LIBRARY.impl(_name, _function, "CUDA")
@@ -275,10 +320,17 @@ def _(x: Tensor, y: Tensor, w: Tensor, g: Tensor, a: Any, b: Any, c: Any, *rest:
     return _fake_gradients(x, y, w, rest[12:])
 
 
+@torch.library.register_fake("mace_fast::conv_both_jvp")
+def _(
+    x: Tensor, y: Tensor, w: Tensor, g: Tensor, a: Any, b: Any, c: Any, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (_fake_z(x, y, rest[3], rest[11]), *_fake_gradients(x, y, w, rest[12:]))
+
+
 # --- derivatives
 
 
-def _wanted(result: tuple[Tensor, Tensor, Tensor], wants: Sequence[bool]) -> list[Tensor | None]:
+def _wanted(result: Sequence[Tensor], wants: Sequence[bool]) -> list[Tensor | None]:
     return [value if want else None for value, want in zip(result, wants, strict=True)]
 
 
@@ -337,12 +389,17 @@ def _setup_conv_jvp(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _save(ctx, inputs[:6], inputs[6:17], inputs[17])
 
 
+def _of_sums(
+    x: Tensor, y: Tensor, w: Tensor, tangents: Tangents, g: Tensor, tail: tuple[Any, ...], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of <g, conv_jvp> with respect to x, y, w and the tangents."""
+    points = _gradient_jvp(x, y, w, g, tangents, tail, needs[:3])
+    return points + _gradient(x, y, w, g, tail, needs[3:6])
+
+
 def _grad_conv_jvp(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     (x, y, w, a, b, c), tail = _saved(ctx)
-    needs = ctx.needs_input_grad
-    points = _gradient_jvp(x, y, w, g, (a, b, c), tail, needs[:3])
-    tangents = _gradient(x, y, w, g, tail, needs[3:6])
-    return (*points, *tangents, *(None,) * 12)
+    return (*_of_sums(x, y, w, (a, b, c), g, tail, ctx.needs_input_grad), *(None,) * 12)
 
 
 def _setup_conv_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -364,6 +421,9 @@ def _grad_conv_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]
     needs = ctx.needs_input_grad
     if all(t is None for t in directions):
         return (None,) * 19
+    if needs[3] and any(needs[:3]):
+        g_grad, *gradients = torch.ops.mace_fast.conv_both_jvp(x, y, w, g, *directions, *tail, *needs[:3])
+        return (*_wanted(gradients, needs[:3]), g_grad, *(None,) * 15)
     points = _gradient_jvp(x, y, w, g, directions, tail, needs[:3])
     g_grad = torch.ops.mace_fast.conv_jvp(x, y, w, *directions, *tail) if needs[3] else None
     return (*points, g_grad, *(None,) * 15)
@@ -376,14 +436,25 @@ def _setup_conv_backward_jvp(ctx: Any, inputs: tuple[Any, ...], output: Any) -> 
 
 
 def _grad_conv_backward_jvp(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    (x, y, w, g, *tangents), tail = _saved(ctx)
+    results = _of_gradients((x, y, w), g, tangents, _cotangents(ctx, cotangents), tail, ctx.needs_input_grad)
+    return (*results, *(None,) * 15)
+
+
+def _of_gradients(
+    point: tuple[Tensor, Tensor, Tensor],
+    g: Tensor,
+    tangents: Sequence[Tensor | None],
+    cotangents: Tangents,
+    tail: tuple[Any, ...],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of <cotangents, conv_backward_jvp> with respect to x, y, w, g and the tangents."""
     # With cotangents (p, q, r) of the three results the loss is <g, second derivative of F along (a, b, c) and
     # (p, q, r)>: the derivatives of F at (p, y, w) along (0, b, c), at (x, q, w) along (a, 0, c), and at (x, y, r)
     # along (a, b, 0), summed.
-    (x, y, w, g, *tangents), tail = _saved(ctx)
-    needs = ctx.needs_input_grad
     results: list[Tensor | None] = [None] * 7
-    point: list[Tensor] = [x, y, w]
-    for slot, direction in enumerate(_cotangents(ctx, cotangents)):
+    for slot, direction in enumerate(cotangents):
         if direction is None:
             continue
         at = list(point)
@@ -401,6 +472,18 @@ def _grad_conv_backward_jvp(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, 
         wants = [needs[4 + other] and along[other] is not None for other in range(3)]
         for other, value in enumerate(_gradient(at[0], at[1], at[2], g, tail, wants)):
             results[4 + other] = _add(results[4 + other], value)
+    return results
+
+
+def _grad_conv_both_jvp(ctx: Any, h: Tensor | None, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    (x, y, w, g, a, b, c), tail = _saved(ctx)
+    needs = ctx.needs_input_grad
+    results = _of_gradients((x, y, w), g, (a, b, c), _cotangents(ctx, cotangents), tail, needs)
+    if h is not None:
+        places = (0, 1, 2, 4, 5, 6)
+        of_sums = _of_sums(x, y, w, (a, b, c), h, tail, [needs[place] for place in places])
+        for place, value in zip(places, of_sums, strict=True):
+            results[place] = _add(results[place], value)
     return (*results, *(None,) * 15)
 
 
@@ -410,6 +493,7 @@ torch.library.register_autograd("mace_fast::conv_backward", _grad_conv_backward,
 torch.library.register_autograd(
     "mace_fast::conv_backward_jvp", _grad_conv_backward_jvp, setup_context=_setup_conv_backward_jvp
 )
+torch.library.register_autograd("mace_fast::conv_both_jvp", _grad_conv_both_jvp, setup_context=_setup_conv_backward_jvp)
 
 
 def describe_plan(

@@ -22,7 +22,14 @@ from mace_fast.kernels.build import (
 )
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
 from mace_fast.kernels.ops.clusters import Clusters
-from mace_fast.kernels.plan.channelwise import CLUSTER_BYTES, ChannelwisePlan, Schedule, clustered, plan
+from mace_fast.kernels.plan.channelwise import (
+    CLUSTER_BYTES,
+    ChannelwisePlan,
+    Schedule,
+    clustered,
+    plan,
+    sums_beside_gradients,
+)
 from mace_fast.kernels.plan.sharing import cluster_window, share
 from mace_fast.kernels.source.channelwise import OVERFLOW_THREADS, Variant, cpu_source, cuda_source, overflow_source
 from mace_fast.kernels.source.fitted import fitted_source
@@ -125,6 +132,11 @@ def gradient_rows(
     return launch.parts, launch.layout.schedule.cluster > 0
 
 
+def makes_sums_beside_gradients(key: str, like: Tensor) -> bool:
+    """Whether one kernel makes tangents of sums and of gradients, of operands like this."""
+    return on_gpu(like) and sums_beside_gradients(ChannelwiseTensorProduct.parse(key), like.element_size())
+
+
 def _cuda_launch(key: str, like: Tensor, variant: Variant, graph: Graph, schedule: Schedule | None) -> Launch:
     return cuda_launch(key, like.element_size(), variant, like.device, schedule, clusters_of(graph) is not None)
 
@@ -142,7 +154,7 @@ class Call(NamedTuple):
         graph: which x an edge reads, and which z it adds to.
         outputs: forward's (z, its row length), or backward's (g, its row length, dx, dy in parts, dw, first, end); see
             ``gradient_rows``. Only the edges from ``first`` up to ``end`` are worked on, and ``dx`` has rows from
-            ``first`` on; without a spline these are all.
+            ``first`` on; without a spline these are all. Forward's follow where the variant wants z besides.
         tangents: of the operands; None stands for zeros.
         schedule: on a GPU, instead of what the plan chooses. With clusters the graph's lists are of as many receivers.
     """
@@ -207,16 +219,17 @@ def _run_cuda(call: Call) -> None:
     work = share(layout, receivers, edges, windows=row is not None, side_by_side=launch.kernels[0][2])
     lists = (order, row, sender, receiver, poison, receivers, *work.numbers)
     grid = (work.blocks, layout.channel_blocks * work.parts)
-    if call.variant.backward:
-        _launch(call, launch, grid, lists, _gradients(call, edges))
+    gradients = _gradients(call, edges) if call.variant.backward else ()
+    if call.variant.backward and not call.variant.want_z:
+        _launch(call, launch, grid, lists, gradients)
         return
-    z, z_row = call.outputs
+    z, z_row = call.outputs[-2:]
     partial = None
     if work.partial_sums:
         # Parts and windows write what the product writes, no more.
         make = z.new_empty if ChannelwiseTensorProduct.parse(call.key).covers_z else z.new_zeros
         partial = make((work.partial_sums, z_row))
-    _launch(call, launch, grid, lists, (z, partial, z_row))
+    _launch(call, launch, grid, lists, (*gradients, z, partial, z_row))
     if partial is not None:
         wide = _ALIGNMENT // call.item_bytes
         vector = wide if z_row % wide == 0 else 1
@@ -250,7 +263,7 @@ def _launch(
 
 
 def _gradients(call: Call, edges: int) -> tuple[Any, ...]:
-    g, g_row, *gradients = call.outputs
+    g, g_row, *gradients = call.outputs[:7]
     return (_aligned(g), g_row, *gradients, edges)
 
 

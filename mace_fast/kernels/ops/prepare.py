@@ -16,7 +16,7 @@ from mace_fast.kernels.build.together import Done, side_by_side
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
 from mace_fast.kernels.description.linear import Linear
 from mace_fast.kernels.description.polynomial import SymmetricContraction
-from mace_fast.kernels.source.channelwise import PASSES, Variant, cpu_source
+from mace_fast.kernels.source.channelwise import PASSES, Variant, cpu_source, gpu_passes
 from mace_fast.kernels.source.fitted import fitted_source
 from mace_fast.kernels.source.linear import TILINGS, aligned_multiplicities, forward_cuda
 from mace_fast.kernels.source.symmetric import symmetric_cpu, symmetric_cuda
@@ -80,7 +80,8 @@ def sources(description: Description, dtype: torch.dtype, arch: str | None, orde
     if order not in (0, 1, 2):
         raise ValueError(f"order is {order}; kernels are prepared for derivatives of order 0, 1 and 2")
     if isinstance(description, ChannelwiseTensorProduct):
-        return _channelwise(description, dtype, arch, PASSES[: (1, 2, 4)[order]])
+        passes = PASSES if arch is None else gpu_passes(description, dtype.itemsize)
+        return _channelwise(description, dtype, arch, passes[: (1, 2, None)[order]])
     if isinstance(description, SymmetricContraction):
         return _symmetric(description, dtype, arch, order)
     return [] if arch is None else _linear(description, dtype, order)  # on the CPU a linear is BLAS

@@ -130,6 +130,7 @@ class Schedule:
             or 3 and more. For products whose channels fill all warps, with weights that lie side by side.
         cluster: receivers whose edges a block of backward goes through by sender, their gradients in shared memory:
             0 (each receiver has a group of its own), or a few. For weights that are read.
+        tile: edges whose forms are made at a time, at most: 32, or fewer, which leaves shared memory to more blocks.
     """
 
     vector: int = 1
@@ -137,15 +138,17 @@ class Schedule:
     prefetch: bool = True
     ring: int = 0
     cluster: int = 0
+    tile: int = 32
 
 
 @dataclass(frozen=True)
 class Role:
-    """What a kernel computes, as far as its plan depends on it."""
+    """What a kernel computes, as far as its plan depends on it; ``sums``: gradients, and sums at receivers besides."""
 
     dual: bool = False
     backward: bool = False
     spline: bool = False
+    sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,7 @@ class ChannelwisePlan:
         if self.role.backward:
             # gradients of x, and of y for one chunk of 16; the outputs' gradients carry no tangent
             of_z = 5 if self.schedule.cluster else segment.z_registers  # of one path at a time
+            of_z += segment.z_registers * self.role.sums  # of which tangents are kept alone
             outputs = of_z / (2 if self.role.dual else 1) + segment.x_registers
             fixed = 16 * words
         else:
@@ -268,6 +272,15 @@ def plan(
             return layout
     plain = [_plan(description, item_bytes, role, Schedule(1, budget, False)) for budget in (80, 54, 40, 27, 16)]
     return next((p for p in plain if p.most_registers <= THREAD_REGISTERS), plain[-1])
+
+
+@lru_cache(maxsize=512)
+def sums_beside_gradients(description: ChannelwiseTensorProduct, item_bytes: int) -> bool:
+    """Whether one kernel makes both tangents that gradients of gradients need, those of sums at receivers and those of
+    gradients: it reads operands and their tangents once, where threads have the registers for it."""
+    role = Role(dual=True, backward=True, sums=True)
+    layouts = ((each, _attempt(description, item_bytes, role, each.schedule)) for each in _preferred(role, item_bytes))
+    return any(layout is not None and each.suits(layout) for each, layout in layouts)
 
 
 @lru_cache(maxsize=512)
@@ -320,6 +333,8 @@ def _preferred(role: Role, item_bytes: int) -> tuple[Preference, ...]:
     where one warp works alone on a receiver; splines from wide loads.
     """
     ahead, most = Schedule(2, 80, True), THREAD_REGISTERS
+    if role.sums:
+        return _preferred_sums(item_bytes)
     if item_bytes == 8:
         return _preferred_double(role)
     if role.spline and role.backward:
@@ -400,9 +415,15 @@ def _preferred_double(role: Role) -> tuple[Preference, ...]:
     )
 
 
+def _preferred_sums(item_bytes: int) -> tuple[Preference, ...]:
+    """The same for tangents of gradients and of sums by one kernel."""
+    most = 250 if item_bytes == 8 else 210
+    return (Preference(Schedule(1, 54, False, 3), most), Preference(Schedule(1, 54, False), 210))
+
+
 def _preferred_clusters(role: Role, item_bytes: int) -> tuple[Preference, ...]:
     """The same for clusters of receivers; read off benchmarks/results/h100-tune-clusters.json."""
-    if not role.backward or role.spline:
+    if not role.backward or role.spline or role.sums:
         return ()
     two = Schedule(2, 160, False, 0, CLUSTER)
     ahead = Schedule(2 if item_bytes == 8 else 4, 160, True, 0, CLUSTER)
@@ -461,7 +482,8 @@ def _plan(description: ChannelwiseTensorProduct, item_bytes: int, role: Role, sc
         written: set[int] = set()
         segments = []
         for paths in groups_of_paths:
-            segments.append(_segment(paths, warps, quad, groups, form_bytes, description.y_dim, item_bytes, written))
+            segment = _segment(paths, warps, quad, groups, form_bytes, description.y_dim, item_bytes, written)
+            segments.append(replace(segment, tile=min(segment.tile, schedule.tile)))
             written.update(slot.offset for slot in segments[-1].x)
         if min(segment.tile for segment in segments) >= _SHORT_TILE:
             break

@@ -10,7 +10,16 @@ from functools import lru_cache
 
 from mace_fast.kernels.build import CpuSource, CudaSource
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
-from mace_fast.kernels.plan.channelwise import ChannelwisePlan, PlannedPath, Role, Schedule, SegmentPlan, Slot, plan
+from mace_fast.kernels.plan.channelwise import (
+    ChannelwisePlan,
+    PlannedPath,
+    Role,
+    Schedule,
+    SegmentPlan,
+    Slot,
+    plan,
+    sums_beside_gradients,
+)
 from mace_fast.kernels.plan.coupling import of_path
 from mace_fast.kernels.source.text import header, indent
 
@@ -43,7 +52,7 @@ _CUDA_HEADERS = (
 class Variant:
     """Which kernel of a description: the number kind, forward or backward, and which gradients backward writes.
 
-    ``order`` > 0 (even) takes the weights from piecewise polynomials of the edge length with that many coefficients; 0
+    ``want_z``: on CUDA, backward writes what forward would as well. ``order`` > 0 (even) takes the weights from piecewise polynomials of the edge length with that many coefficients; 0
     reads them from memory.
     """
 
@@ -53,15 +62,17 @@ class Variant:
     want_y: bool = False
     want_w: bool = False
     order: int = 0
+    want_z: bool = False
 
     @property
     def role(self) -> Role:
         """What the plan needs to know."""
-        return Role(self.dual, self.backward, self.order > 0)
+        return Role(self.dual, self.backward, self.order > 0, self.want_z)
 
     @property
     def entry(self) -> str:
-        wants = "".join(name for name, want in zip("xyw", (self.want_x, self.want_y, self.want_w), strict=True) if want)
+        wanted = {"x": self.want_x, "y": self.want_y, "w": self.want_w, "z": self.want_z}
+        wants = "".join(name for name, want in wanted.items() if want)
         return f"channelwise_{'backward_' + wants if self.backward else 'forward'}{'_tangent' if self.dual else ''}" + (
             f"_spline{self.order}" if self.order else ""
         )
@@ -78,6 +89,13 @@ PASSES = (
     Variant(True, True, True, True, True),
 )
 """What a product, its gradients and gradients of those run, in this order."""
+
+BOTH = Variant(True, True, True, True, True, want_z=True)
+
+
+def gpu_passes(description: ChannelwiseTensorProduct, item_bytes: int) -> tuple[Variant, ...]:
+    """The same on a GPU, where one kernel may do what the last two do."""
+    return (*PASSES[:2], BOTH) if sums_beside_gradients(description, item_bytes) else PASSES
 
 
 def _terms(target: str, terms: list[str]) -> str:
@@ -306,16 +324,16 @@ def cuda_source(
         "tangent{x_tangent, y_tangent, w_tangent, x_row, y_row, w_row};",
         _SPLINE_SETUP,
     ]
+    sums = variant.want_z or not variant.backward
+    if sums:
+        setup.append("    const mf::Sums<T> sums{z, partial, z_row};")
     launches = [layout.alike] if layout.together else [(numbers,) for numbers in layout.alike]
     entries = tuple(f"{variant.entry}_{launch}" for launch in range(len(launches)))
     bounds = str(layout.threads) if resident is None else f"{layout.threads}, {resident}"
     for entry, members in zip(entries, launches, strict=True):
-        if variant.backward:
-            outputs = (
-                "const T* g, long long g_row, T* dx, T* dy, T* dw, long long first, long long end, long long edges"
-            )
-        else:
-            outputs = "T* z, T* partial, long long z_row"
+        outputs = "const T* g, long long g_row, T* dx, T* dy, T* dw, long long first, long long end, long long edges"
+        if sums:
+            outputs = (f"{outputs}, " if variant.backward else "") + "T* z, T* partial, long long z_row"
         # Only where the weights of edges are not written may the gradients of edges be too many to write.
         stretch = "mf::Stretch{int(first), int(end)}, int(first)" if variant.order else "mf::AllEdges(), 0"
         calls = []
@@ -329,12 +347,14 @@ def cuda_source(
                     f"(graph, in, tangent, spline, {image}, g, g_row, dx, dy, dw, edges, {numbers[0]} + {image});"
                 )
             elif variant.backward:
+                with_sums = "true" if sums else "false"
                 call = (
-                    f"mf::conv_backward<{segment}, {dual}, {_wants(variant)}>(graph, {stretch}, in, tangent, spline, {image}, "
-                    f"g, g_row, dx, dy, dw, edges, {numbers[0]} + {image});"
+                    f"mf::conv_backward<{segment}, {dual}, {_wants(variant)}, {with_sums}>(graph, {stretch}, in, tangent, "
+                    f"spline, {image}, g, g_row, dx, dy, dw, {'sums' if sums else 'mf::Sums<T>()'}, edges, "
+                    f"{numbers[0]} + {image});"
                 )
             else:
-                call = f"mf::conv_forward<{segment}, {dual}>(graph, in, tangent, spline, {image}, z, partial, z_row);"
+                call = f"mf::conv_forward<{segment}, {dual}>(graph, in, tangent, spline, {image}, sums);"
             last = place + len(numbers) - 1
             where = f"blockIdx.z == {place}" if len(numbers) == 1 else f"blockIdx.z >= {place} && blockIdx.z <= {last}"
             calls.append(f"    if ({where}) {call}")

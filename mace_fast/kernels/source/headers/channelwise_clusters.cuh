@@ -126,7 +126,7 @@ MF_INLINE void conv_backward_clusters(const Graph& graph, const Operands<typenam
             const T* of_receiver = gradients + shared.interval[slot] * Gradients::RECEIVER + lane * S::VEC;
             typename Gradient::OfY of_y;
             of_y.clear();
-            gradient.add(slot, current, of_x, of_y, [&](auto path, C* room) -> const C* {
+            gradient.add(slot, current, of_x, of_y, nullptr, [&](auto path, C* room) -> const C* {
                 typedef decltype(path) Path;
 #pragma unroll
                 for (int k = 0; k < Path::DZ; ++k)

@@ -25,11 +25,30 @@
 
 namespace mf {
 
-// z, or with DUAL its tangent; sums that are to be added go to their rows of `partial_sums`.
+// Where sums at receivers go: to rows of z, or of the sums that overflow.cuh adds to those.
+template <class T> struct Sums {
+    T *z, *partial;
+    index_t row;
+    MF_INLINE T* of(index_t n, int number) const { return number < 0 ? z + n * row : partial + number * row; }
+};
+
+template <class S, class N>
+MF_INLINE void write_sums(const N (&sum)[S::NZ], typename S::T* row, int u, int image) {
+    S::Z::each([&](auto slot) {
+        typedef decltype(slot) Slot;
+        if (S::EXACT || u < Slot::MUL) {
+#pragma unroll
+            for (int k = 0; k < Slot::DIM; ++k)
+                store(row + Slot::offset(image) + k * Slot::MUL + u, result_of(sum[Slot::BASE + k]));
+        }
+    });
+}
+
+// z, or with DUAL its tangent.
 template <class S, bool DUAL>
 MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& in,
                             const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline, int image,
-                            typename S::T* z, typename S::T* partial_sums, index_t z_row) {
+                            const Sums<typename S::T>& sums) {
     typedef typename S::T T;
     typedef EdgeOperands<S, DUAL, false> Edge;
     typedef typename Edge::N N;
@@ -59,17 +78,7 @@ MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& i
                 Path::forward(wx, m, sum + Path::Z);
             });
         },
-        [&](index_t n, int partial) {
-            T* row = partial < 0 ? z + (n * z_row + u) : partial_sums + (partial * z_row + u);
-            S::Z::each([&](auto slot) {
-                typedef decltype(slot) Slot;
-                if (S::EXACT || u < Slot::MUL) {
-#pragma unroll
-                    for (int k = 0; k < Slot::DIM; ++k)
-                        store(row + Slot::offset(image) + k * Slot::MUL, result_of(sum[Slot::BASE + k]));
-                }
-            });
-        },
+        [&](index_t n, int partial) { write_sums<S>(sum, sums.of(n, partial), u, image); },
         [](int) {}, [](unsigned) {});
 }
 
@@ -77,22 +86,26 @@ MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& i
 // `dx` has rows from edge `first` on.
 // With a spline there is no dw; the gradient of the edge length follows those of y, as number NY of an edge.
 // Segments and blocks of channels write their shares of dy one after the other, [share][edge][OUT].
-template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W, class Range>
+// With WANT_Z also z, or its tangent, as conv_forward: operands, which are most of the bytes, are then read once for both.
+template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W, bool WANT_Z, class Range>
 MF_INLINE void conv_backward(const Graph& graph, const Range& range, int first, const Operands<typename S::T>& in,
                              const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline, int image,
                              const typename S::T* g, index_t g_row, typename S::T* dx, typename S::T* dy,
-                             typename S::T* dw, index_t edges, int share) {
+                             typename S::T* dw, const Sums<typename S::T>& sums, index_t edges, int share) {
     typedef typename S::T T;
-    typedef EdgeGradient<S, DUAL, WANT_X, WANT_Y, WANT_W> Gradient;
+    typedef EdgeGradient<S, DUAL, WANT_X, WANT_Y, WANT_W, WANT_Z> Gradient;
     typedef typename Gradient::Edge Edge;
     typedef typename Edge::C C;
+    typedef typename Edge::N N;
     extern __shared__ __align__(16) char memory[];
     const Shared<S, DUAL> shared(memory + threadIdx.y * Shared<S, DUAL>::bytes(WANT_Y), WANT_Y);
     const int u = (channel_block<S>() * (S::WARPS * 32) + threadIdx.x) * S::VEC;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     T* dy_part = dy + (share * S::CHANNEL_BLOCKS + channel_block<S>()) * edges * S::OUT;
     const Gradient gradient{shared, spline, image, u, lane, warp, dw};
+    const T zero = WANT_Z && graph.poison ? T(*graph.poison) : T(0);
     C grad[S::NZ];
+    N sum[S::NZ];
     walk<S, DUAL, Gradient::SPLINE>(
         shared, graph, range, in, tangent, spline, u, image,
         [&](index_t n) {
@@ -104,18 +117,24 @@ MF_INLINE void conv_backward(const Graph& graph, const Range& range, int first, 
                     grad[Slot::BASE + k] =
                         Edge::read(row + Slot::offset(image) + k * Slot::MUL, S::EXACT || u < Slot::MUL);
             });
+            if constexpr (WANT_Z) {
+#pragma unroll
+                for (int k = 0; k < S::NZ; ++k) fill(sum[k], zero);
+            }
         },
         [&](int slot, const Edge& operands) {
             typename Gradient::OfX of_x;
             typename Gradient::OfY of_y;
             of_x.clear();
             of_y.clear();
-            gradient.add(slot, operands, of_x, of_y,
+            gradient.add(slot, operands, of_x, of_y, sum,
                          [&](auto path, C*) -> const C* { return grad + decltype(path)::Z; });
             if (WANT_X) gradient.write_x(of_x, dx + (shared.edge[slot] - first) * index_t(S::X_ROW) + u);
             if (WANT_Y) gradient.leave_y(slot, of_y);
         },
-        [](index_t, int) {},
+        [&](index_t n, int partial) {
+            if constexpr (WANT_Z) write_sums<S>(sum, sums.of(n, partial), u, image);
+        },
         [&](int count) {
             if (WANT_Y) write_y<S, DUAL>(shared, count, dy_part);
         },

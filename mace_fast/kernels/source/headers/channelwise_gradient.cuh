@@ -22,8 +22,8 @@ template <int COUNT, int BIT = 16, class T> MF_INLINE void sum_over_lanes(T* val
     }
 }
 
-// Gradients of edges for the channels of a thread.
-template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W> struct EdgeGradient {
+// Gradients of edges for the channels of a thread. With WANT_Z also what edges add to the sums at their receivers.
+template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W, bool WANT_Z = false> struct EdgeGradient {
     typedef typename S::T T;
     static constexpr bool SPLINE = S::ORDER > 0;
     typedef EdgeOperands<S, DUAL, SPLINE> Edge;
@@ -57,10 +57,10 @@ template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W> struct Edge
     const int image, u, lane, warp;
     T* const dw;
 
-    // Adds to those of x and y, and writes those of w. `gradient_of(path, room)` says where the gradients of the path's
-    // outputs are, or puts them into `room`.
+    // Adds to those of x and y and to the sums z, and writes those of w. `gradient_of(path, room)` says where the gradients of
+    // the path's outputs are, or puts them into `room`.
     template <class Gradient>
-    MF_INLINE void add(int slot, const Edge& operands, OfX& x, OfY& y, Gradient gradient_of) const {
+    MF_INLINE void add(int slot, const Edge& operands, OfX& x, OfY& y, N* z, Gradient gradient_of) const {
         T* dw_row = WANT_W ? dw + index_t(shared.edge[slot]) * S::NUMEL : nullptr;
         S::Paths::each([&](auto path) {
             typedef decltype(path) Path;
@@ -68,10 +68,8 @@ template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W> struct Edge
             const C* g = gradient_of(path, room);
             M m[Path::PADDED];
             N t[Path::DX];
-            if (WANT_X || WANT_W || SPLINE) {
-                read_forms<Path>(shared, slot, m);
-                Path::transpose(g, m, t);
-            }
+            if (WANT_X || WANT_W || WANT_Z || SPLINE) read_forms<Path>(shared, slot, m);
+            if (WANT_X || WANT_W || SPLINE) Path::transpose(g, m, t);
             const N& w = operands.w[Path::INDEX];
             if (WANT_X) {
 #pragma unroll
@@ -86,11 +84,12 @@ template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W> struct Edge
                 else if (S::EXACT || u < Path::MUL)
                     store(dw_row + Path::column(image) + index_t(u) * Path::W_STRIDE, result_of(sum));
             }
-            if (WANT_Y) {
+            if constexpr (WANT_Y || WANT_Z) {
                 N wx[Path::DX];
 #pragma unroll
                 for (int i = 0; i < Path::DX; ++i) multiply(wx[i], w, operands.x[Path::X + i]);
-                Path::couple_gradient(wx, g, y.y);
+                if constexpr (WANT_Y) Path::couple_gradient(wx, g, y.y);
+                if constexpr (WANT_Z) Path::forward(wx, m, z + Path::Z);
             }
         });
     }
