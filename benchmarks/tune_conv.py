@@ -34,7 +34,8 @@ from mace_fast.kernels.ops.sender_sum import sum_at_senders
 from mace_fast.kernels.plan.channelwise import Schedule, plan
 from mace_fast.kernels.source.channelwise import BOTH, Variant, cuda_source
 
-ORDER = 6
+ORDER, INTERVALS = 6, 256
+"""Of splines, as most models have them."""
 ROLES = {
     "forward": Variant(False, False),
     "backward": Variant(False, True, True, True, True),
@@ -104,7 +105,7 @@ class Case:
         )
         self.tangents = tuple(torch.randn_like(t) for t in (self.x, self.y, self.w))
         self.g = torch.randn(nodes, d.z_dim, **options)
-        self.rows = torch.randn(1025, ORDER, d.weight_numel, **options)
+        self.rows = torch.randn(INTERVALS + 1, ORDER, d.weight_numel, **options)
         # Lengths rise within a receiver, as a calculator sorts them.
         place = torch.arange(self.edges, device=device) - self.graph.row[self.graph.receiver.long()]
         self.radius = (place / (place.max() + 1)).to(dtype)
@@ -113,7 +114,7 @@ class Case:
         """Its results; with ``at_senders`` gradients of x are summed there, by another kernel."""
         operands = (self.x, self.y, None if variant.order else self.w)
         tangents = self.tangents if variant.dual else (None, None, None)
-        spline: Spline = (self.radius, None, self.rows, 1024, 1024.0) if variant.order else NO_SPLINE
+        spline: Spline = (self.radius, None, self.rows, INTERVALS, float(INTERVALS)) if variant.order else NO_SPLINE
         d, key = self.d, self.d.key
         results: list[Tensor]
         if variant.backward:

@@ -54,10 +54,9 @@ def test_float32_compiles_without_spills(arch: str, lmax: int, name: str) -> Non
 
 def test_spills_are_read_from_the_compilers_report() -> None:
     """Five blocks a multiprocessor leave 96 registers a thread, half of what this kernel needs with any compiler."""
-    backward = VARIANTS["spline backward"]
-    crowded = cuda_source(mace_product(0, 128), 4, backward, resident=5)
-    assert fitted._spilled(crowded, "sm_90") > 100
-    assert fitted._spilled(cuda_source(mace_product(0, 128), 4, backward, resident=1), "sm_90") == 0
+    job = (mace_product(0, 128), 4, VARIANTS["spline backward"], Schedule(4, 120, False))
+    assert fitted._spilled(cuda_source(*job, resident=5), "sm_90") > 100
+    assert fitted._spilled(cuda_source(*job, resident=1), "sm_90") == 0
 
 
 @pytest.mark.parametrize(

@@ -327,10 +327,11 @@ class Preference:
 def _preferred(role: Role, item_bytes: int) -> tuple[Preference, ...]:
     """Best first.
 
-    Read off benchmarks/results/h100-tune*.json. Segments that have to follow one another lost everywhere, and so did
-    most that spill. Sums over channels (backward) gain from many registers and few segments; what only streams weights
-    (forward) from a ring of edges in shared memory, which leaves the registers to the outputs, or from loading ahead
-    where one warp works alone on a receiver; splines from wide loads.
+    Read off benchmarks/results/h100-tune*.json, for splines h200-tune-splines.json. Segments that have to follow one
+    another lost everywhere, and so did most that spill. Sums over channels (backward) gain from many registers and few
+    segments; what only streams weights (forward) from a ring of edges in shared memory, which leaves the registers to
+    the outputs, or from loading ahead where one warp works alone on a receiver; splines from wide loads, of products
+    with few outputs from more warps instead.
     """
     ahead, most = Schedule(2, 80, True), THREAD_REGISTERS
     if role.sums:
@@ -338,12 +339,18 @@ def _preferred(role: Role, item_bytes: int) -> tuple[Preference, ...]:
     if item_bytes == 8:
         return _preferred_double(role)
     if role.spline and role.backward:
-        return (Preference(Schedule(4, 120, False), most), Preference(Schedule(2, 80, False), 210))
+        return (
+            Preference(Schedule(2, 40, False), 110),
+            Preference(Schedule(4, 120, False), most),
+            Preference(Schedule(2, 80, False), 210),
+        )
     if role.spline:
         return (
-            Preference(ahead, 100, alone=200),
-            Preference(Schedule(4, 40, False), 110),
-            Preference(ahead, 180, alone=200),
+            Preference(ahead, 0, alone=200),
+            Preference(Schedule(4, 40, False), 100),
+            Preference(Schedule(4, 120, False), 180),
+            Preference(Schedule(2, 40, False), 115),
+            Preference(ahead, 180),
         )
     if role.backward and role.dual:
         return (
@@ -416,9 +423,21 @@ def _preferred_double(role: Role) -> tuple[Preference, ...]:
 
 
 def _preferred_sums(item_bytes: int) -> tuple[Preference, ...]:
-    """The same for tangents of gradients and of sums by one kernel."""
-    most = 250 if item_bytes == 8 else 210
-    return (Preference(Schedule(1, 54, False, 3), most), Preference(Schedule(1, 54, False), 210))
+    """The same for tangents of gradients and of sums by one kernel; read off benchmarks/results/h200-tune-sums*.json.
+
+    Where one warp has all channels, rings lose: its copies wait for one another.
+    """
+    if item_bytes == 8:
+        return (
+            Preference(Schedule(2, 80, False, 3, tile=16), 285, segments=1),
+            Preference(Schedule(1, 54, False, 3), 250),
+        )
+    return (
+        Preference(Schedule(4, 80, False, 3, tile=16), 250, segments=1),
+        Preference(Schedule(2, 54, False, 3), 220, alone=0),
+        Preference(Schedule(1, 54, True), 245),
+        Preference(Schedule(1, 54, False), 210),
+    )
 
 
 def _preferred_clusters(role: Role, item_bytes: int) -> tuple[Preference, ...]:
