@@ -113,7 +113,8 @@ def test_parts_with_splines(
     for parts, limit in ((1, 16), (2, 1000), (3, 16), (8, 1000)):
         split(monkeypatch, parts, limit)
         if ordered and parts > 1:
-            monkeypatch.setattr(ops, "_SCRATCH_BYTES", {True: scratch, False: scratch})
+            for bound in ("_LEAST_SCRATCH_BYTES", "_MOST_SCRATCH_BYTES"):
+                monkeypatch.setattr(ops, bound, {True: scratch, False: scratch})
         assert_alike(results(), whole)
 
 
@@ -163,4 +164,24 @@ def test_parts_of_production_shapes(backward: bool, lmax: int, most: int) -> Non
     assert 6 <= parts(64) <= most
     assert -(-64 * parts(64) // layout.groups) * depth <= 132 * layout.resident
     assert parts(700) < parts(64) <= parts(16)
-    assert parts(768) == parts(4096) == 1
+    assert parts(4 * 132 * layout.resident * layout.groups) == 1  # four full rounds of blocks
+    if not backward:
+        assert parts(4096) == 1
+
+
+def test_parts_fill_the_last_round_of_gradients() -> None:
+    """A tenth more receivers than a GPU works on at once would take it two rounds; a launch that works on a third of
+    the edges shares them out as if there were a third of the receivers."""
+    role = Variant(False, True, True, True, False, 6).role
+    layout = plan(mace_product(1, 128), 4, role)
+    depth = len(layout.segments)
+    once = 132 * layout.resident * layout.groups // depth
+
+    def parts(receivers: int, working: float = 1.0) -> int:
+        edges = 178 * receivers
+        lists = {"windows": True, "side_by_side": depth, "working": int(working * edges)}
+        return sharing.share(layout, receivers, edges, **lists).parts
+
+    assert parts(once) == 1 < parts(once + once // 10)
+    assert parts(3 * once, 1 / 3) == parts(once)
+    assert parts(once, 1 / 3) == parts(once // 3) > 1

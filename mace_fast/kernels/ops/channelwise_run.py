@@ -216,7 +216,11 @@ def _run_cuda(call: Call) -> None:
         _run_clusters(call, launch, receivers, edges)
         return
     layout, (sender, receiver, order, row, _, _, poison) = launch.layout, call.graph[:7]
-    work = share(layout, receivers, edges, windows=row is not None, side_by_side=launch.kernels[0][2])
+    side_by_side, working = launch.kernels[0][2], edges
+    if call.variant.backward:
+        first, end = call.outputs[5:7]
+        working = end - first
+    work = share(layout, receivers, edges, windows=row is not None, side_by_side=side_by_side, working=working)
     lists = (order, row, sender, receiver, poison, receivers, *work.numbers)
     grid = (work.blocks, layout.channel_blocks * work.parts)
     gradients = _gradients(call, edges) if call.variant.backward else ()

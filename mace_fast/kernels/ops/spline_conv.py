@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
+from mace_fast.kernels.ops.branches import in_turn
 from mace_fast.kernels.ops.channelwise_run import Call, Spline, gradient_rows, run_kernel
 from mace_fast.kernels.ops.sender_sum import sum_at_senders
 from mace_fast.kernels.source.channelwise import Variant
@@ -30,8 +31,22 @@ _LIBRARY.define(
     "bool want_x) -> (Tensor, Tensor)"
 )
 
-_SCRATCH_BYTES = {True: 1 << 29, False: 1 << 26}
+_LEAST_SCRATCH_BYTES = {True: 1 << 27, False: 1 << 26}
 """Room for gradients of edges on their way to their senders, on a GPU and on a CPU; more edges are taken in turn."""
+_MOST_SCRATCH_BYTES = {True: 1 << 29, False: 1 << 26}
+"""The same for many edges, where shorter stretches would take longer: in between, a third of what all edges need."""
+_ROOMS = {True: 3, False: 1}
+"""Parts of this room, each for a stretch of edges, where there are several."""
+
+
+def _stretches(edges: int, row_bytes: int, *, on_gpu: bool) -> tuple[int, int]:
+    """How many edges are worked on at a time, and how many such stretches have room at once. Nothing but shapes
+    decides: gradients at senders are added up stretch by stretch."""
+    scratch = min(_MOST_SCRATCH_BYTES[on_gpu], max(_LEAST_SCRATCH_BYTES[on_gpu], edges * row_bytes // 3))
+    if edges * row_bytes <= scratch:
+        return max(edges, 1), 1
+    rooms = _ROOMS[on_gpu]
+    return max(1, scratch // (rooms * row_bytes)), rooms
 
 
 class FrozenGraph(NamedTuple):
@@ -195,20 +210,28 @@ def _backward(
     edge_grad = make_edge_grad((gradient_rows(key, x, variant)[0], edges, description.y_dim + 1))
     x, y, g, radius = x.contiguous(), y.contiguous(), g.contiguous(), radius.contiguous()
     order, sender_order, sender_row = graph[2], graph[4], graph[5]
-    stretch = max(edges, 1)
+    stretch, rooms = max(edges, 1), 1
     if want_x and order is None:
-        stretch = max(1, min(stretch, _SCRATCH_BYTES[x.is_cuda] // (description.x_dim * x.element_size())))
+        stretch, rooms = _stretches(edges, description.x_dim * x.element_size(), on_gpu=x.is_cuda)
     dx = torch.empty_like(x) if want_x else x.new_empty(0)
     make = x.new_empty if description.covers_x else x.new_zeros
-    x_of_edges = make((min(stretch, edges), description.x_dim)) if want_x else x.new_empty(0)
-    for first in range(0, max(edges, 1), stretch):
-        end = min(first + stretch, edges)
-        outputs = (g, description.z_dim, x_of_edges, edge_grad, None, first, end)
-        of_length = _spline_for_kernels(radius, spline)
+    x_of_edges = [make((min(stretch, edges), description.x_dim)) for _ in range(rooms if want_x else 0)]
+    of_length = _spline_for_kernels(radius, spline)
+
+    def ends(piece: int) -> tuple[int, int]:
+        return piece * stretch, min((piece + 1) * stretch, edges)
+
+    def gradients(piece: int, room: int) -> None:
+        rows = x_of_edges[room] if want_x else x.new_empty(0)
+        outputs = (g, description.z_dim, rows, edge_grad, None, *ends(piece))
         run_kernel(Call(key, variant, (x, y, None), _graph_for_kernels(graph), outputs, spline=of_length))
+
+    def at_senders(piece: int, room: int) -> None:
         if want_x:
             per_sender = stretch / max(x.shape[0], 1)
-            sum_at_senders(x_of_edges, sender_order, sender_row, dx, first, end, per_sender)
+            sum_at_senders(x_of_edges[room], sender_order, sender_row, dx, *ends(piece), per_sender)
+
+    in_turn(max(1, -(-edges // stretch)), rooms, x.device, gradients, at_senders)
     return dx, edge_grad
 
 

@@ -14,7 +14,10 @@ from mace_fast.kernels.plan.channelwise import ChannelwisePlan
 _TARGET_EDGES = 32
 """Edges that one group of warps should see at least: with fewer a receiver, it takes several receivers in a row."""
 _MANY_GROUPS = 768
-"""Groups of warps that keep a GPU busy; where receivers give fewer, several groups share the edges of each."""
+"""Groups of warps that keep a GPU busy. Where receivers give fewer, several groups share the edges of each; where they
+give more, only to fill the last round of blocks."""
+_FEW_ROUNDS = 4 * _MANY_GROUPS
+"""Receivers beyond which the last round of blocks is a small part of all, too small for sums of parts."""
 _MOST_EDGES = 512
 """Edges of one receiver that a group works on in any case; the rest is shared out."""
 _MULTIPROCESSORS = 132
@@ -23,6 +26,8 @@ _LEAST_EDGES = {False: 16, True: 8}
 """Edges that a part of a receiver should have at least: of a sum, which is added to others, and of gradients (True)."""
 _PART_COST = 2
 """What a part costs before its first edge and after its last, in edges."""
+_WORTH = 0.95
+"""Of the time without parts that they may take, where receivers keep a GPU busy."""
 _CLUSTER_BLOCKS = 256
 """Blocks that keep a GPU busy with clusters of receivers, each of 8 warps; fewer clusters are shared out."""
 _LEAST_OF_CLUSTER = 64
@@ -55,7 +60,15 @@ class Sharing:
         return self.run, self.groups, self.limit, self.parts
 
 
-def share(layout: ChannelwisePlan, receivers: int, edges: int, *, windows: bool, side_by_side: int) -> Sharing:
+def share(
+    layout: ChannelwisePlan,
+    receivers: int,
+    edges: int,
+    *,
+    windows: bool,
+    side_by_side: int,
+    working: int | None = None,
+) -> Sharing:
     """Share out the edges of a graph.
 
     Args:
@@ -63,6 +76,7 @@ def share(layout: ChannelwisePlan, receivers: int, edges: int, *, windows: bool,
         receivers, edges: at least one receiver.
         windows: whether there is a list of edges by receiver for windows to be stretches of.
         side_by_side: segments of the plan that one launch runs.
+        working: edges that a launch works on, which are next to each other by receiver, if not all.
     """
     run = run_length(receivers, edges)
     groups = -(-receivers // run)
@@ -72,7 +86,10 @@ def share(layout: ChannelwisePlan, receivers: int, edges: int, *, windows: bool,
     if run == 1:
         slots = _MULTIPROCESSORS * layout.resident
         least = _LEAST_EDGES[layout.role.backward]
-        parts = parts_of(receivers, edges, layout.groups, layout.channel_blocks * side_by_side, slots, least)
+        if working is not None and working < edges:  # to be shared among as many groups, of fewer receivers
+            receivers, edges = max(1, receivers * working // edges), working
+        sums = layout.role.sums or not layout.role.backward
+        parts = parts_of(receivers, edges, layout.groups, layout.channel_blocks * side_by_side, slots, least, sums)
     blocks = -(-(groups + stretches) // layout.groups)
     partial_sums = blocks * layout.groups * parts - groups if stretches or parts > 1 else 0
     return Sharing(run, groups, limit, parts, blocks, partial_sums)
@@ -103,8 +120,8 @@ def edge_limit(groups: int, receivers: int, edges: int) -> int:
 
 
 @lru_cache(maxsize=512)
-def parts_of(receivers: int, edges: int, per_block: int, side_by_side: int, slots: int, least: int) -> int:
-    """Into how many parts the edges of each receiver, or of a window, are split: 1 where receivers fill a GPU.
+def parts_of(receivers: int, edges: int, per_block: int, side_by_side: int, slots: int, least: int, sums: bool) -> int:
+    """Into how many parts the edges of each receiver, or of a window, are split: 1 where receivers fill a GPU evenly.
 
     Blocks run in rounds of ``slots``, each as long as a part takes; the shortest wins. Nothing but shapes decides.
 
@@ -113,13 +130,15 @@ def parts_of(receivers: int, edges: int, per_block: int, side_by_side: int, slot
         side_by_side: blocks that a group's work is spread over anyway.
         slots: blocks that run at a time.
         least: edges of a part, on average.
+        sums: whether parts are summed, which takes memory and another kernel.
     """
-    if receivers >= _MANY_GROUPS:
+    many, mean = receivers >= _MANY_GROUPS, edges / receivers
+    if sums and receivers > _FEW_ROUNDS:
         return 1
-    mean = edges / receivers
 
     def time(parts: int) -> float:
         blocks = -(-receivers * parts // per_block) * side_by_side
         return -(-blocks // slots) * (mean / parts + _PART_COST)
 
-    return min(range(1, max(1, min(int(mean / least), slots)) + 1), key=time)
+    best = min(range(1, max(1, min(int(mean / least), slots)) + 1), key=time)
+    return 1 if many and time(best) > _WORTH * time(1) else best

@@ -24,14 +24,16 @@ template <class S, bool DUAL> MF_INLINE auto make_ring(const Shared<S, DUAL>& sh
     else return 0;
 }
 
-// Which positions in the sorted list of edges are worked on: all, or a stretch of them. `opened`: where the edges of
-// receiver n begin, if those before are done.
+// Which positions in the sorted list of edges are worked on: all, or a stretch of them, which has nothing to do with
+// receivers that have no edges there. `opened`: where the edges of receiver n begin, if those before are done.
 struct AllEdges {
+    static constexpr bool OF_ALL_RECEIVERS = true;
     MF_INLINE index_t from(index_t position) const { return position; }
     MF_INLINE index_t upto(index_t position) const { return position; }
     MF_INLINE index_t opened(const Graph&, index_t, index_t position) const { return position; }
 };
 struct Stretch {
+    static constexpr bool OF_ALL_RECEIVERS = false;
     int first, end;
     MF_INLINE index_t from(index_t position) const { return position > first ? position : first; }
     MF_INLINE index_t upto(index_t position) const { return position < end ? position : end; }
@@ -84,10 +86,10 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ran
         const int edges = int(end - position), share = edges > 0 ? (edges + graph.parts - 1) / graph.parts : 0;
         position += part * share;
         if (position + share < end) end = position + share;
-        if (partial >= 0 && range.from(position) >= range.upto(end)) return;
     }
     position = range.from(position);
     end = range.upto(end);
+    if ((partial >= 0 || !Range::OF_ALL_RECEIVERS) && position >= end) return;
     index_t tile_begin = position, tile_end = position;
     EdgeOperands<S, DUAL, SLOPE> current, next;
     Ids ids, next_ids;  // of the tile's edges and of the next tile's, one edge a lane
