@@ -89,6 +89,7 @@ def measure(
     graph: str,
     dtype: torch.dtype,
     device: torch.device,
+    budget_s: float,
     turn: ExitStack,
 ) -> dict[str, Any]:
     """One row: times in ms, peak memory and the difference from mace_fast. Takes its ``turn`` when it is ready."""
@@ -149,8 +150,8 @@ def measure(
         )
     for key, call in (("fwd", forward), ("fwdbwd", backward), ("fwdbwdbwd", double_backward)):
         try:
-            row[f"{key}_ms"] = round(median_ms(call, device, budget_s=0.5), 4)
-            row[f"{key}_loop_ms"] = round(loop_ms(call, device), 4)
+            row[f"{key}_ms"] = round(median_ms(call, device, budget_s=budget_s), 4)
+            row[f"{key}_loop_ms"] = round(loop_ms(call, device, budget_s=budget_s), 4)
             if mine and device.type == "cuda":
                 times = kernel_times(call, warmup=1, repeats=5)
                 row[f"{key}_kernels_us"] = {_short(name): round(us, 1) for name, (us, _) in times.items()}
@@ -206,6 +207,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "float64"])
     parser.add_argument("--graphs", nargs="+", default=[], choices=list(GRAPHS), help="instead of the problem's own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--budget", type=float, default=0.5, help="seconds spent timing one figure")
     parser.add_argument("--output", type=Path, default=None, help="write JSON rows here")
     parser.add_argument("--plot", type=Path, default=None, help="draw the roofline here (PNG)")
     args = parser.parse_args()
@@ -225,7 +227,7 @@ def main() -> None:
                     dtype = getattr(torch, dtype_name)
                     try:
                         with ExitStack() as turn:
-                            row = measure(ALL[name], backend, graph, dtype, device, turn)
+                            row = measure(ALL[name], backend, graph, dtype, device, args.budget, turn)
                             release(device)
                     except (ImportError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
                         if backend == "mace_fast":

@@ -61,11 +61,12 @@ COMMANDS = {
     "step": _each(
         "step --sizes % --budget 1 --backends mace-torch cueq oeq mace_fast no-graph --lists", ("64", "1000")
     ),
-    "conv": _each(f"conv --problems % --backends e3nn {_KERNELS}", TABLE),
-    "conv-float64": _each(f"conv --problems % --dtypes float64 --backends {_KERNELS}", TABLE),
+    "conv": _each(f"conv --problems % --budget 0.2 --backends {_KERNELS}", TABLE),
+    "conv-e3nn": _each("conv --problems % --backends e3nn mace_fast", TABLE),
+    "conv-float64": _each(f"conv --problems % --dtypes float64 --budget 0.2 --backends {_KERNELS}", TABLE),
     "alloy": _one("step --model mpa0-medium --structure five-metals --sizes 13824 --backends mace_fast --lists"),
     "batch": _one("step --model off23-medium --structure water --sizes 192 --backends mace_fast --lists --batch 64"),
-    "conv-graphs": _each(f"conv --problems medium-L2 --graphs % --backends {_KERNELS}", _OTHER_GRAPHS),
+    "conv-graphs": _each(f"conv --problems medium-L2 --graphs % --budget 0.2 --backends {_KERNELS}", _OTHER_GRAPHS),
     "conv-families": _each("conv --problems %", (*FAMILIES, *DIFFDOCK)),
     "lists": _one("step --sizes 64 --backends mace_fast"),
     "largest": _one("model --models mp0-medium --sizes 262144 --backends mace_fast_inference"),
