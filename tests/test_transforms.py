@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -91,3 +92,22 @@ def test_vmap_over_weights(seed: int) -> None:
     weights = torch.randn(3, 9, PRODUCT.weight_numel)
     found = torch.vmap(lambda w: channelwise_tp_conv(PRODUCT, x, y, w, graph))(weights)
     assert torch.equal(found, torch.stack([channelwise_tp_conv(PRODUCT, x, y, w, graph) for w in weights]))
+
+
+def test_vmap_asks_users_for_nothing(seed: int) -> None:
+    """A Hessian is a map over rows of second derivatives; torch warns for each op without a rule of its own."""
+    x, y, w, sender, receiver = inputs()
+    graph = edge_graph(sender, receiver, NODES, NODES)
+    leaves = [t.detach().requires_grad_() for t in (x, y, w)]
+    z = channelwise_tp_conv(PRODUCT, *leaves, graph)
+    first = torch.autograd.grad(z.square().sum(), leaves, create_graph=True)
+    rows = [torch.randn(4, *t.shape, dtype=t.dtype) for t in first]
+
+    def second(*directions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(first, leaves, directions, retain_graph=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = torch.vmap(second)(*rows)
+    for ours, *expected in zip(found, *(second(*entry) for entry in zip(*rows, strict=True)), strict=True):
+        assert torch.equal(ours, torch.stack(expected))

@@ -32,6 +32,7 @@ from mace_fast.kernels.ops.channelwise_run import (
     sizes,
 )
 from mace_fast.kernels.ops.graph import EdgeGraph
+from mace_fast.kernels.ops.mapping import map_one_by_one
 from mace_fast.kernels.ops.segment import Segments, segment_sum
 from mace_fast.kernels.ops.sender_sum import sum_at_senders
 from mace_fast.kernels.plan.channelwise import ChannelwisePlan, Role, plan
@@ -494,6 +495,8 @@ torch.library.register_autograd(
     "mace_fast::conv_backward_jvp", _grad_conv_backward_jvp, setup_context=_setup_conv_backward_jvp
 )
 torch.library.register_autograd("mace_fast::conv_both_jvp", _grad_conv_both_jvp, setup_context=_setup_conv_backward_jvp)
+
+map_one_by_one("conv", "conv_backward", "conv_jvp", "conv_backward_jvp", "conv_both_jvp")
 
 
 def describe_plan(

@@ -23,6 +23,7 @@ from mace_fast.kernels.build import CudaModule, cpu_threads, load_cpu, load_cuda
 from mace_fast.kernels.description.fully_connected import FullyConnectedTensorProduct
 from mace_fast.kernels.ops.checks import require_like, require_shape, require_values
 from mace_fast.kernels.ops.graph import EdgeGraph
+from mace_fast.kernels.ops.mapping import map_one_by_one
 from mace_fast.kernels.ops.segment import Segments, segment_sum
 from mace_fast.kernels.plan.fully_connected import FullyConnectedPlan, plan
 from mace_fast.kernels.source.fully_connected import Variant, cpu_source, cuda_source
@@ -285,3 +286,4 @@ def _grad_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
 
 torch.library.register_autograd("mace_fast::fully_connected", _grad_forward, setup_context=_setup_forward)
 torch.library.register_autograd("mace_fast::fully_connected_backward", _grad_backward, setup_context=_setup_backward)
+map_one_by_one("fully_connected", "fully_connected_backward")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mace_fast.kernels.build import CudaModule, cpu_threads, load_cpu, load_cuda, on_gpu
+from mace_fast.kernels.ops.mapping import map_one_by_one
 from mace_fast.kernels.source.harmonics import BACKWARD, FORWARD, cpu_source, cuda_source
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")
@@ -121,3 +122,4 @@ def _gradient(ctx: Any, dradius: Tensor, dy: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("mace_fast::edge_harmonics", _gradient, setup_context=_setup)
+map_one_by_one("edge_harmonics", "edge_harmonics_backward")

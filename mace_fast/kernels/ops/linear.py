@@ -17,6 +17,7 @@ from mace_fast.kernels.description.linear import Linear, parse_linear
 from mace_fast.kernels.ops import linear_cuda
 from mace_fast.kernels.ops.blas import apply_linear, apply_weight_grad
 from mace_fast.kernels.ops.checks import require_like, require_lists, require_shape, require_values
+from mace_fast.kernels.ops.mapping import map_one_by_one
 from mace_fast.kernels.ops.segment import Segments, segments
 from mace_fast.kernels.source.linear import aligned_multiplicities, weight_along_x
 
@@ -495,4 +496,7 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "mace_fast::indexed_linear_add", _indexed_add_backward, setup_context=_indexed_add_setup, lib=_LIBRARY
+)
+map_one_by_one(
+    "linear", "linear_add", "indexed_linear_add", "linear_weight_grad", "indexed_linear", "indexed_linear_weight_grad"
 )

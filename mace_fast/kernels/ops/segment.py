@@ -11,6 +11,7 @@ import torch
 
 from mace_fast.kernels.build import Int32, cpu_threads, load_cpu, load_cuda
 from mace_fast.kernels.ops.checks import require_ids, require_shape, require_values
+from mace_fast.kernels.ops.mapping import map_one_by_one
 from mace_fast.kernels.source.segment import (
     CHUNK,
     LISTS_THREADS,
@@ -348,3 +349,4 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "mace_fast::segment_gather", _segment_gather_backward, setup_context=_save_segments, lib=_LIBRARY
 )
+map_one_by_one("csr", "segment_sum", "segment_gather")

@@ -23,6 +23,7 @@ from torch import Tensor
 from mace_fast.kernels.build import CudaModule, cpu_threads, load_cpu, load_cuda, on_gpu
 from mace_fast.kernels.description.polynomial import SymmetricContraction, WeightedPolynomial
 from mace_fast.kernels.ops.checks import require_ids, require_like, require_shape, require_values
+from mace_fast.kernels.ops.mapping import map_one_by_one
 from mace_fast.kernels.ops.segment import csr
 from mace_fast.kernels.plan.symmetric import SymmetricPlan, plan_symmetric
 from mace_fast.kernels.source.symmetric import THREADS, symmetric_cpu, symmetric_cuda, weights_block
@@ -389,3 +390,4 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "mace_fast::symmetric_weights", _weights_backward, setup_context=_weights_setup, lib=_LIBRARY
 )
+map_one_by_one("symmetric_fold", "symmetric_value", "symmetric_gradient", "symmetric_weights")
