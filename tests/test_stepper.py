@@ -374,7 +374,8 @@ def test_every_kind_of_model_on_a_gpu(variant: str, rng: np.random.Generator) ->
 
 @pytest.mark.gpu
 def test_new_species_and_structures_wait_once(rng: np.random.Generator, model: torch.nn.Module) -> None:
-    """Small structures that were not there before: only results are waited for."""
+    """Small structures that were not there before: what they bring to nodes is replayed too, and only results are
+    waited for."""
     stepper, plain = Stepper([frozen(model, "cuda")], skin=0.0, varied=True), Stepper([frozen(model)])
     crystals, given = [crystal(rng) for _ in range(3)], []
     for _ in range(6):
@@ -384,6 +385,7 @@ def test_new_species_and_structures_wait_once(rng: np.random.Generator, model: t
         given.append(as_structures(crystals, model))
     for structures in [*given, *given]:  # every program that there will be, and its graphs
         assert_agree(stepper(structures)[0], plain(structures)[0], TOLERANCE, "first")
+    assert any(each._node_graph is not None for each in stepper._programs.values())
     captures, found = stepper.captures, []
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")

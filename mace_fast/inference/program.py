@@ -9,7 +9,7 @@ graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mace_fast.errors import MissingToolError
 from mace_fast.inference.edges import Memo, SortedEdges
-from mace_fast.inference.energies import NodeInputs
+from mace_fast.inference.energies import NodeInputs, nodes_can_be_captured
 from mace_fast.inference.frozen import FrozenMACE, Geometry, Prepared
 from mace_fast.inference.packed import Packed
 from mace_fast.inference.padded import padded_parts, refill, without_edges, write
@@ -84,6 +84,7 @@ class StaticProgram:
         self._prepared: Prepared | None = None
         self._nodes: NodeInputs | None = None
         self._nodes_stale = False
+        self._node_graph: torch.cuda.CUDAGraph | None = None
         self._moved = False
         self._lists: Packed | None = None
         self._lists_to_upload = False
@@ -192,7 +193,7 @@ class StaticProgram:
         parts = {name: (tuple(value.shape), value.dtype) for name, value in filled.items()}
         if self._features is None or parts != self._features.parts:
             self._features = Packed(parts, self.device)
-            self._data, self._moved = dict(self._features.on_device), True
+            self._data, self._node_graph, self._moved = dict(self._features.on_device), None, True
             if "node_attrs" not in filled:
                 shape = (self.bucket.atoms, len(self._elements))
                 self._data["node_attrs"] = torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -219,15 +220,24 @@ class StaticProgram:
         """What does not depend on positions, written where a graph reads it if it has its shapes already."""
         self._nodes_stale = True
         if prepared is not self._prepared:
-            # Held, since the graph reads its weights where they lie.
-            self._prepared, self._moved = prepared, True
-        made, old = self._made_nodes(prepared), self._nodes
-        if old is None or [t.shape for t in old.tensors] != [t.shape for t in made.tensors]:
-            self._nodes, self._moved = made, True
+            # Held, since graphs read its weights where they lie.
+            self._prepared, self._node_graph, self._moved = prepared, None, True
+        if self._node_graph is None:
+            made, old = self._made_nodes(prepared), self._nodes
+            if old is None or [t.shape for t in old.tensors] != [t.shape for t in made.tensors]:
+                self._nodes, self._moved = made, True
+            else:
+                self._write_nodes(made)
+                if self._capture and nodes_can_be_captured(self.model, prepared.readouts):
+                    self._node_graph = self._recorded(lambda: self._write_nodes(self._made_nodes(prepared)))
         else:
-            for target, value in zip(old.tensors, made.tensors, strict=True):
-                target.copy_(value)
+            self._node_graph.replay()
         self._nodes_stale = False
+
+    def _write_nodes(self, made: NodeInputs) -> None:
+        assert self._nodes is not None
+        for target, value in zip(self._nodes.tensors, made.tensors, strict=True):
+            target.copy_(value)
 
     def step(self, positions: np.ndarray, cells: np.ndarray) -> dict[str, np.ndarray]:
         """Results for positions [N, 3] and cells [G, 3, 3] (the volume of the latter divides stresses), float64."""
@@ -275,13 +285,12 @@ class StaticProgram:
             self._evaluate()
             return
         if self._graph is None or self._moved:
-            self._record()
+            self._graph = self._recorded(self._evaluate)
             self._moved = False
-        assert self._graph is not None
         self._graph.replay()
 
-    def _record(self) -> None:
-        """Capture the evaluation; kernels are compiled and libraries choose their algorithms in the runs before.
+    def _recorded(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Capture work; kernels are compiled and libraries choose their algorithms in the runs before.
 
         A graph that is there already stays until the next is, so that its pool of memory lives on and serves it too.
         """
@@ -290,14 +299,14 @@ class StaticProgram:
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
                 for _ in range(_WARMUPS):
-                    self._evaluate()
+                    work()
             torch.cuda.current_stream(self.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads may work on the GPU meanwhile: other calculators of this process do.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                self._evaluate()
+                work()
         self._pool = graph.pool() if self._pool is None else self._pool
-        self._graph = graph
+        return graph
 
     def _evaluate(self) -> None:
         edges, nodes, prepared = self._edges, self._nodes, self._prepared
