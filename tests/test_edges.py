@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mace_fast.inference.edges import AtomsBySpecies, SortedEdges, group_atoms, pad, refill, sort_edges
+from mace_fast.inference.candidates import cartesian
+from mace_fast.inference.edges import AtomsBySpecies, SortedEdges, group_atoms, sort_edges, sort_pairs
+from mace_fast.inference.neighbours import Neighbours, Pairs, _in_order
+from mace_fast.inference.packed import Packed
+from mace_fast.inference.padded import padded_parts, refill, without_edges
 
 KNOWN = 7
 PRESENT = (0, 2, 3, 6)
@@ -62,24 +66,80 @@ def test_order(count: int, present: tuple[int, ...] | None, rng: np.random.Gener
 def test_lists_that_are_written_over_are_those_that_would_be_made(
     present: tuple[int, ...] | None, rng: np.random.Generator
 ) -> None:
-    capacity, used, kept = 300, 0, None
+    capacity, used = 300, 0
+    kept = room(12, capacity, present)
     for count in (120, 250, 40, 0, 300, 299):
         atoms = some_atoms(rng, 12, present)
         edges = sort_edges(*some_edges(rng, atoms, count), atoms)
-        fresh = pad(edges, capacity)
-        if kept is None:
-            kept = pad(edges, capacity)
         before = addresses(kept)
-        kept = refill(kept, used, edges)
+        kept = refill(kept, max(used, count), edges)
         used = count
         assert addresses(kept) == before
-        for name, value in fresh._asdict().items():
+        for name, values in edges._asdict().items():
             held = getattr(kept, name)
-            assert torch.equal(held, value) if isinstance(value, Tensor) else held == value, (count, name)
+            if name in ("receiver_row", "sender_row"):
+                assert held.tolist() == [*values.tolist(), capacity], (count, name)
+            elif name in ("sender", "receiver", "sender_order", "sender_species", "pair") and values is not None:
+                rest = range(count, capacity) if name == "sender_order" else [0] * (capacity - count)
+                assert held.tolist() == [*values.tolist(), *rest], (count, name)
+            elif name != "permutation":
+                assert torch.equal(held, values) if isinstance(values, Tensor) else held == values, (count, name)
     too_many = sort_edges(*some_edges(rng, atoms, capacity + 1), atoms)
-    for attempt in (lambda: pad(too_many, capacity), lambda: refill(kept, used, too_many)):
-        with pytest.raises(ValueError, match="301 edges do not fit into 300"):
-            attempt()
+    with pytest.raises(ValueError, match="301 edges do not fit into 300"):
+        refill(kept, used, too_many)
+
+
+def room(atoms: int, capacity: int, present: tuple[int, ...] | None) -> SortedEdges:
+    parts = padded_parts(atoms, capacity, KNOWN, with_pairs=present is not None)
+    return without_edges(Packed(parts, torch.device("cpu")).on_device)
+
+
+@pytest.mark.parametrize("present", [None, PRESENT])
+@pytest.mark.parametrize("graphs", [1, 3])
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_lists_from_pairs_are_those_from_edges(
+    count: int, graphs: int, present: tuple[int, ...] | None, rng: np.random.Generator
+) -> None:
+    """Lattice sites, so that lengths are the same, images on both sides, an atom's own images, atoms without edges."""
+    atoms = some_atoms(rng, 14, present)
+    positions = rng.choice([0.0, 0.1, 1.7, -2.3], (12, 3))
+    cells = rng.choice([-3.1, 2.0, 2.7, 4.0], (graphs, 3, 3))
+    graph = np.sort(rng.integers(0, graphs, 12)) if graphs > 1 else None
+    first = rng.integers(0, 12, count)
+    second = rng.integers(0, 12, count)
+    if graph is not None:
+        second = np.array([rng.choice(np.flatnonzero(graph == graph[n])) for n in first], dtype=np.int64)
+    # Both directions of each must differ from those of all others.
+    candidates = np.column_stack([first, second, rng.integers(-3, 4, (count, 3))])
+    taken = {}
+    for i, j, *image in candidates.tolist():
+        if i != j or any(image):
+            taken.setdefault(min((i, j, *image), (j, i, *(-n for n in image))), (i, j, *image))
+    rows = np.array(list(taken.values()), dtype=np.int64).reshape(-1, 5)
+    pairs = Pairs(np.ascontiguousarray(rows[:, :2]), np.ascontiguousarray(rows[:, 2:].astype(np.int32)))
+
+    ends = torch.from_numpy(pairs.atoms)
+    index = torch.cat([ends.T.flip(0), ends.T], dim=1)
+    images = torch.from_numpy(pairs.images)
+    near = _in_order(Neighbours(index, torch.cat([-images, images])))
+    sender, receiver = near.edge_index
+    # As the list of a batch makes them, where operations are rounded one by one.
+    of_edges = torch.zeros_like(receiver) if graph is None else torch.from_numpy(graph)[receiver]
+    shifts = cartesian(near.shifts.to(torch.float64), of_edges, torch.from_numpy(cells))
+    x, y, z = (torch.from_numpy(positions)[receiver] - torch.from_numpy(positions)[sender] + shifts).unbind(1)
+    expected = sort_edges(near.edge_index, (x * x + y * y + z * z).sqrt(), atoms)
+
+    found, found_images, found_shifts = sort_pairs(pairs, positions, cells, graph, atoms)
+    for name, values in expected._asdict().items():
+        if name != "permutation":
+            value = getattr(found, name)
+            assert torch.equal(value, values) if isinstance(values, Tensor) else value == values, name
+    assert torch.equal(found_images, near.shifts[expected.permutation])
+    assert torch.equal(found_shifts, shifts[expected.permutation])
+    if count:
+        pairs.atoms[0, 1] = 14
+        with pytest.raises(ValueError, match=r"outside \[0, 14\)"):
+            sort_pairs(pairs, positions, cells, graph, atoms)
 
 
 def addresses(edges: SortedEdges) -> list[int]:

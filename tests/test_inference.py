@@ -14,8 +14,10 @@ from mace.modules.radial import PolynomialCutoff
 from mace_fast import zoo
 from mace_fast.errors import MissingToolError, UnsupportedModuleError, VerificationError
 from mace_fast.inference import CapturedMACE, FrozenMACE, freeze, verify_frozen
-from mace_fast.inference.edges import pad
+from mace_fast.inference.edges import SortedEdges
 from mace_fast.inference.frozen import atomic_forces, edge_vectors
+from mace_fast.inference.packed import Packed
+from mace_fast.inference.padded import padded_parts, refill, without_edges
 from mace_fast.inference.tables import interpolate, tabulate
 from mace_fast.patch.api import convert
 from mace_fast.verification.graphs import default_dtype
@@ -136,7 +138,12 @@ def test_padding_changes_nothing(seed: int) -> None:
     plain = frozen(dict(data))
     edges = frozen.sorted_edges(data)
     count = edges.sender.shape[0]
-    padded = pad(edges, count + 777)
+
+    def pad(capacity: int) -> SortedEdges:
+        parts = padded_parts(edges.num_atoms, capacity, len(model.atomic_numbers), with_pairs=edges.pair is not None)
+        return refill(without_edges(Packed(parts, torch.device("cpu")).on_device), count, edges)
+
+    padded = pad(count + 777)
     shifts = torch.full((count + 777, 3), 1e4)
     shifts[:count] = data["shifts"][edges.permutation]
     vectors = edge_vectors(data["positions"], padded, shifts)
@@ -144,7 +151,7 @@ def test_padding_changes_nothing(seed: int) -> None:
     assert torch.equal(out["energy"].to(torch.float32), plain["energy"])
     assert torch.equal(atomic_forces(edge_forces, padded), plain["forces"])
     with pytest.raises(ValueError, match="do not fit"):
-        pad(edges, count - 1)
+        pad(count - 1)
 
 
 def test_follows_its_parameters_dtype_and_copies(seed: int) -> None:

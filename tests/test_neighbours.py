@@ -99,6 +99,38 @@ def test_batches_are_structures_side_by_side(rng: np.random.Generator) -> None:
     assert found == expected
 
 
+@pytest.mark.parametrize("pbc", PBC)
+def test_pairs_are_a_list_with_each_pair_once(pbc: tuple[bool, ...], rng: np.random.Generator) -> None:
+    """One structure, a batch of like ones, and a batch in which some are put in a row."""
+    model, search = build(), NeighbourSearch("cpu")
+    one = Atoms("H5", positions=rng.normal(size=(5, 3)) * 2, cell=random_cell(rng), pbc=pbc)
+    for given in ([one], [one, one, one], [crystal(rng), one, Atoms("H"), one]):
+        structures = as_structures(given, model)
+        expected, found = search.batch(structures, CUTOFF), search.pairs(structures, CUTOFF)
+        (first, second), images = found.atoms.T, found.images
+        both = Neighbours(
+            torch.from_numpy(np.stack([np.r_[first, second], np.r_[second, first]])),
+            torch.from_numpy(np.concatenate([images, -images])),
+        )
+        assert as_set(both) == as_set(expected)
+
+
+def test_small_structures_are_for_the_host(rng: np.random.Generator) -> None:
+    model = build()
+    cluster, small, large = Atoms("H40", rng.normal(size=(40, 3))), crystal(rng), crystal(rng).repeat(6)
+    for device in ("cpu", "cuda"):
+        search = NeighbourSearch(device)
+        for given in ([cluster], [small], [small, cluster] * 40):
+            assert search.small(as_structures(given, model), CUTOFF)
+        assert not search.small(as_structures([large], model), CUTOFF)
+        assert not search.small(as_structures([small, large], model), CUTOFF)
+    for method in CUDA_METHODS:
+        if method != "nvalchemi":
+            assert not NeighbourSearch("cuda", method).small(as_structures([small], model), CUTOFF), (
+                "another was asked for"
+            )
+
+
 def test_wrong_methods_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="one of vesin"):
         NeighbourSearch("cpu", "nvalchemi")

@@ -15,8 +15,10 @@ from step_cases import WALKS, as_structures, assert_agree, build, crystal, froze
 
 from mace_fast import zoo
 from mace_fast.errors import DeviceError, MissingToolError
-from mace_fast.inference import FrozenMACE, Stepper
+from mace_fast.inference import FrozenMACE, Stepper, candidates, packed
+from mace_fast.inference import program as program_module
 from mace_fast.inference import stepper as stepper_module
+from mace_fast.inference.candidates import DeviceCandidates, HostCandidates
 from mace_fast.inference.device_errors import explain_device_error, is_device_error
 from mace_fast.inference.program import Bucket, StaticProgram
 from mace_fast.inference.verlet import Verlet
@@ -143,7 +145,7 @@ def test_a_list_that_outgrows_its_program_is_noticed_before_it_runs(
     data = stepper._model_inputs(as_structures([atoms], model))
     assert stepper._list is not None
     with pytest.raises(ValueError, match="do not fit"):
-        small.load(stepper._list.sorted_for(stepper._atoms(len(atoms), stepper._list.present)), data, (1,))
+        small.load(stepper._list.sorted_for(stepper._atoms(len(atoms), stepper._list)), data, (1,))
     with pytest.raises(AssertionError, match="load"):
         small.run()
 
@@ -201,6 +203,46 @@ def test_committee_and_two_steppers(static: bool, rng: np.random.Generator) -> N
             assert_agree(mine, reference([atoms], each), TOLERANCE, f"step {step}")
             for name, value in alone(given, stress=True)[0].items():
                 assert np.array_equal(value, mine[name])
+
+
+@pytest.mark.parametrize("walk", ["moves", "cells", "numbers", "species", "boundaries"])
+def test_lists_of_host_and_device_take_turns(
+    walk: str,
+    rng: np.random.Generator,
+    model: torch.nn.Module,
+    program: FrozenMACE,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a device's memory that is not the host's: whatever is not brought over, or over what is newer, is seen."""
+    monkeypatch.setattr(packed, "has_own_memory", lambda device: True)
+    stepper = Stepper([program], static=True, skin=1.0)
+    monkeypatch.setattr(stepper.search, "small", lambda structures, cutoff: rng.random() < 0.6)
+
+    def on_host(tensor: torch.Tensor) -> bool:
+        found = stepper._list
+        of_edges = tensor.dtype == torch.int32 or (found is not None and tensor is found.shifts)
+        return not of_edges or (
+            isinstance(found, HostCandidates) and not (tensor is found.shifts and found._on_device is not None)
+        )
+
+    monkeypatch.setattr(program_module, "_on_host", on_host)
+    for number, atoms in enumerate(each for _ in range(4) for each in WALKS[walk](rng)):
+        # Two programs: a list is loaded into one of them when it is found, into the other later, or never.
+        stress = bool(rng.random() < 0.5)
+        (found,) = stepper(as_structures([atoms], model), stress=stress)
+        assert_agree(found, reference([atoms], model), TOLERANCE, f"step {number}, {stress=}")
+
+
+def test_lists_are_found_on_the_host_where_it_can_be_done(
+    rng: np.random.Generator, model: torch.nn.Module, program: FrozenMACE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    structures, found = as_structures([crystal(rng)], model), []
+    for compiler, kind in ((True, HostCandidates), (False, DeviceCandidates)):
+        monkeypatch.setattr(candidates, "_can_sort_on_host", lambda compiler=compiler: compiler)
+        stepper = Stepper([program], static=True)
+        found.append(stepper(structures, stress=True)[0])
+        assert type(stepper._list) is kind
+    assert_agree(*found, 1e-12, "with and without a compiler")
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -308,10 +350,15 @@ def test_copies(clone: Any, rng: np.random.Generator, model: torch.nn.Module, pr
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("neighbours", [None, "vesin-cuda"])
 @pytest.mark.parametrize("cuda_graph", [True, False])
 @pytest.mark.parametrize("walk", list(WALKS))
-def test_every_walk_on_a_gpu(walk: str, cuda_graph: bool, rng: np.random.Generator, model: torch.nn.Module) -> None:
-    follow(Stepper([frozen(model, "cuda")], cuda_graph=cuda_graph), list(WALKS[walk](rng)), model)
+def test_every_walk_on_a_gpu(
+    walk: str, cuda_graph: bool, neighbours: str | None, rng: np.random.Generator, model: torch.nn.Module
+) -> None:
+    """Lists from the host, as small structures have them, and from the GPU."""
+    stepper = Stepper([frozen(model, "cuda")], cuda_graph=cuda_graph, neighbours=neighbours)
+    follow(stepper, list(WALKS[walk](rng)), model)
 
 
 @pytest.mark.gpu
@@ -323,6 +370,35 @@ def test_every_kind_of_model_on_a_gpu(variant: str, rng: np.random.Generator) ->
     for number, atoms in enumerate([*WALKS["moves"](rng), *WALKS["species"](rng), *WALKS["numbers"](rng)]):
         given = as_structures([atoms], model, features)
         assert_agree(stepper(given, stress=True)[0], plain(given, stress=True)[0], TOLERANCE, f"step {number}")
+
+
+@pytest.mark.gpu
+def test_new_species_and_structures_wait_once(rng: np.random.Generator, model: torch.nn.Module) -> None:
+    """Small structures that were not there before: what they bring to nodes is replayed too, and only results are
+    waited for."""
+    stepper, plain = Stepper([frozen(model, "cuda")], skin=0.0, varied=True), Stepper([frozen(model)])
+    crystals, given = [crystal(rng) for _ in range(3)], []
+    for _ in range(6):
+        for atoms in crystals:
+            atoms.numbers[:] = rng.permutation(atoms.numbers)
+            atoms.positions += rng.normal(0, 0.02, atoms.positions.shape)
+        given.append(as_structures(crystals, model))
+    for structures in [*given, *given]:  # every program that there will be, and its graphs
+        assert_agree(stepper(structures)[0], plain(structures)[0], TOLERANCE, "first")
+    assert any(each._node_graph is not None for each in stepper._programs.values())
+    captures, found = stepper.captures, []
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for structures in given:
+                found.append(stepper(structures)[0])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([each for each in waits if "called a synchronizing" in str(each.message)]) <= 6
+    assert stepper.captures == captures
+    for structures, results in zip(given, found, strict=True):
+        assert_agree(results, plain(structures)[0], TOLERANCE, "later")
 
 
 @pytest.mark.gpu

@@ -76,7 +76,8 @@ class MACEFastCalculator(Calculator):
         cuda_graph: replay each evaluation as a CUDA graph: one launch in place of hundreds. None does so on a GPU.
             Graphs are captured for sizes with some room, again when a structure does not fit, and four are kept.
         neighbours: how pairs are found on a GPU, ``"vesin-cuda"``, ``"nvalchemi"`` or ``"vesin-upload"`` (the CPU's
-            list); None takes the first that works. See :class:`mace_fast.inference.NeighbourSearch`.
+            list); None takes the first that works, and for small structures the CPU. See
+            :class:`mace_fast.inference.NeighbourSearch`.
         head: name of the model's head; needed where there are several and none is called default.
         compute_atomic_stresses: offer ``stresses`` and ``virials`` per atom.
         **kwargs: ASE's own keywords (``label``, ``directory``, ...).

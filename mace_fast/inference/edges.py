@@ -5,9 +5,12 @@ from __future__ import annotations
 import weakref
 from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mace_fast.inference.neighbours import Pairs
+from mace_fast.kernels.ops.edge_lists import edge_lists
 from mace_fast.kernels.ops.segment import Segments, segments
 
 
@@ -25,8 +28,8 @@ class SortedEdges(NamedTuple):
         pair: [E] int32, table of each edge; None where one table serves all.
         present: the species that occur, as the model counts them, if tables depend on them.
 
-    Padded lists (``pad``) hold more edges than the structure has. Both rows then have one entry more: the last segment
-    takes the padding, and whoever sums over segments drops it.
+    Padded lists (see :mod:`mace_fast.inference.padded`) hold more edges than the structure has. Both rows then have one
+    entry more: the last segment takes the padding, and whoever sums over segments drops it.
     """
 
     permutation: Tensor
@@ -136,6 +139,49 @@ def sort_edges(edge_index: Tensor, lengths: Tensor, atoms: AtomsBySpecies) -> So
     )
 
 
+def sort_pairs(
+    pairs: Pairs, positions: np.ndarray, cells: np.ndarray, graph: np.ndarray | None, atoms: AtomsBySpecies
+) -> tuple[SortedEdges, Tensor, Tensor]:
+    """The same order from pairs that were found on the CPU; there is no caller's order.
+
+    Edges of one receiver with the same length are in the order of sender and image.
+
+    Args:
+        pairs: of the atoms that have positions.
+        positions, cells: [M, 3], [G, 3, 3] float64, A, contiguous.
+        graph: [M] int64, the cell of each atom; None where there is one.
+        atoms: M of them or more, on the CPU.
+
+    Returns:
+        The edges, and for each its image [E, 3] int32 and shift [E, 3] float64, A.
+    """
+    lists = edge_lists(
+        torch.from_numpy(pairs.atoms),
+        torch.from_numpy(pairs.images),
+        torch.from_numpy(positions),
+        torch.from_numpy(cells),
+        None if graph is None else torch.from_numpy(graph),
+        atoms.species,
+        atoms.table,
+        len(atoms.present or ()),
+    )
+    edges = SortedEdges(
+        torch.empty(0, dtype=torch.int64),
+        lists.sender,
+        lists.receiver,
+        lists.row,
+        lists.sender_order,
+        lists.row,
+        atoms.species,
+        atoms.order,
+        atoms.row,
+        lists.sender_species,
+        lists.table,
+        atoms.present or (),
+    )
+    return edges, lists.images, lists.shifts
+
+
 def local_pairs(atoms: AtomsBySpecies, sender: Tensor, receiver: Tensor) -> Tensor | None:
     """[E] int32, which of the tables of the present species' pairs each edge uses; None where one table serves all.
 
@@ -145,75 +191,6 @@ def local_pairs(atoms: AtomsBySpecies, sender: Tensor, receiver: Tensor) -> Tens
         return None
     place = atoms.table[atoms.species]
     return place[sender] * len(atoms.present) + place[receiver]
-
-
-def pad(edges: SortedEdges, capacity: int) -> SortedEdges:
-    """The same edges in lists of a fixed length, all of them copies; what is added belongs to no atom and is summed
-    aside. There is no caller's order.
-
-    Raises:
-        ValueError: there are more edges than that.
-    """
-    count = _count_within(edges, capacity)
-
-    def filled(values: Tensor) -> Tensor:
-        return torch.nn.functional.pad(values, (0, capacity - count))
-
-    def with_rest(row: Tensor) -> Tensor:
-        return torch.nn.functional.pad(row, (0, 1), value=capacity)
-
-    order = _places(0, capacity, edges)
-    order[:count] = edges.sender_order
-    return edges._replace(
-        permutation=edges.permutation.new_empty(0),
-        sender=filled(edges.sender),
-        receiver=filled(edges.receiver),
-        receiver_row=with_rest(edges.receiver_row),
-        sender_order=order,
-        sender_row=with_rest(edges.sender_row),
-        species=edges.species.clone(),
-        species_order=edges.species_order.clone(),
-        species_row=edges.species_row.clone(),
-        sender_species=filled(edges.sender_species),
-        pair=None if edges.pair is None else filled(edges.pair),
-    )
-
-
-def refill(padded: SortedEdges, used: int, edges: SortedEdges) -> SortedEdges:
-    """Write other edges into padded lists, which stay where they are.
-
-    Args:
-        padded: made by :func:`pad`, for as many atoms.
-        used: how many of its edges are not padding.
-        edges: to take their place.
-
-    Raises:
-        ValueError: there are more edges than there is room for.
-    """
-    count = _count_within(edges, padded.sender.shape[0])
-    for name in ("sender", "receiver", "sender_order", "sender_species", "pair"):
-        target, values = getattr(padded, name), getattr(edges, name)
-        if target is not None:
-            target[:count] = values
-            if count < used:
-                target[count:used] = _places(count, used, edges) if name == "sender_order" else 0
-    for name in ("receiver_row", "sender_row"):
-        getattr(padded, name)[:-1] = getattr(edges, name)
-    for name in ("species", "species_order", "species_row"):
-        getattr(padded, name).copy_(getattr(edges, name))
-    return padded._replace(present=edges.present)
-
-
-def _count_within(edges: SortedEdges, capacity: int) -> int:
-    count = edges.sender.shape[0]
-    if count > capacity:
-        raise ValueError(f"{count} edges do not fit into {capacity}")
-    return count
-
-
-def _places(first: int, end: int, edges: SortedEdges) -> Tensor:
-    """In sender_order padding stands where it is."""
-    return torch.arange(first, end, dtype=torch.int32, device=edges.sender.device)
 
 
 Kept = TypeVar("Kept")

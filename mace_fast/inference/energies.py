@@ -137,6 +137,11 @@ def _silu_factor(activation: Any, like: Tensor) -> float | None:
     return factor if error <= 8 * torch.finfo(like.dtype).eps * 30.0 * abs(factor) else None
 
 
+def nodes_can_be_captured(model: Any, readouts: Sequence[Readout]) -> bool:
+    """Whether :func:`node_inputs` runs nothing that is not known to run in a CUDA graph: MACE's own blocks do."""
+    return "joint_embedding" not in model._modules and all(readout.first is not None for readout in readouts)
+
+
 def node_inputs(
     model: Any,
     layers: Sequence[FrozenLayer],

@@ -19,6 +19,7 @@ from torch import Tensor
 from mace_fast.errors import MissingToolError
 from mace_fast.inference.arrays import fingerprint
 from mace_fast.inference.verlet import Structures
+from mace_fast.kernels.source.edge_lists import IMAGE_BITS
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,18 @@ class Neighbours(NamedTuple):
     shifts: Tensor
 
 
+class Pairs(NamedTuple):
+    """Pairs of atoms, each once, on the host; their order does not change from one search to the next.
+
+    Attributes:
+        atoms: [P, 2] int64, first and second.
+        images: [P, 3] int32; the vector of a pair is ``positions[second] - positions[first] + images @ cell``.
+    """
+
+    atoms: np.ndarray
+    images: np.ndarray
+
+
 class NeighbourSearch:
     """Every pair within a cutoff, through the boundaries that are periodic.
 
@@ -58,12 +71,16 @@ class NeighbourSearch:
       3.2 / 4.4 / 6.6 ms against vesin's 1.8 / 2.4 / 23 ms.
     - ``"vesin-upload"``: the CPU's list, copied to the GPU.
 
+    A search on a GPU takes at least 1.8 ms, most of which it waits. Small structures are faster on the CPU: a molecule
+    of 21 atoms takes 0.02 ms, 64 of them in one search 0.25, 64 atoms of diamond at 6.5 A 0.47, 216 of them 4.6. So
+    where no method is asked for, and in batches, structures that :meth:`small` names are searched there.
+
     Args:
         device: where the pairs are wanted.
         method: one of these; None takes the first of them that works on this device, and logs it.
 
     Attributes:
-        method: the one in use. With None on a GPU it is decided at the first search.
+        method: the one in use. With None on a GPU it is decided at the first search there.
 
     Raises:
         ValueError: a method that the device does not have.
@@ -80,13 +97,15 @@ class NeighbourSearch:
                 "nvalchemi-toolkit-ops is not installed: pip install nvalchemi-toolkit-ops, or use method='vesin-cuda'"
             )
         self.method = CPU_METHODS[0] if self.device.type == "cpu" else method
+        self._asked_for = method
         self._search: dict[str, tuple[float, vesin.NeighborList]] = {}
         self._crowded: set[int] = set()
+        self._judged: tuple[tuple[object, ...], bool] | None = None
         self._compared: set[tuple[object, ...]] = set()
         self._cell_compared: tuple[object, ...] | None = None
 
     def __reduce__(self) -> tuple[type[NeighbourSearch], tuple[torch.device, str | None]]:
-        return NeighbourSearch, (self.device, self.method)
+        return NeighbourSearch, (self.device, self._asked_for)
 
     def __call__(self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float) -> Neighbours:
         """The pairs of one structure.
@@ -101,43 +120,57 @@ class NeighbourSearch:
             return self._first(positions, cell, pbc, cutoff)
         return self._find(self.method, positions, cell, pbc, cutoff)
 
-    def batch(self, structures: Structures, cutoff: float) -> Neighbours:
-        """The pairs of several structures, atoms counted through.
+    def small(self, structures: Structures, cutoff: float) -> bool:
+        """Whether :meth:`pairs` takes less time than a search on a GPU, and is not against what was asked for."""
+        if self.device.type == "cuda" and self._asked_for is not None and len(structures.cells) == 1:
+            return False
+        key = (cutoff, *fingerprint(structures.cells, structures.pbc, structures.ptr))
+        if self._judged is None or self._judged[0] != key:
+            self._judged = key, bool((_candidates(structures, cutoff) <= _FEW).all())
+        return self._judged[1]
 
-        Small structures are searched on the CPU, since a search on a GPU waits for it several times; those of them that
-        are not periodic all at once, a search being mostly what it takes to begin one.
+    def pairs(self, structures: Structures, cutoff: float) -> Pairs:
+        """The pairs of small structures, each once, found on the CPU; atoms counted through.
+
+        Structures that are not periodic are searched all at once, a search being mostly what it takes to begin one.
         """
-        sizes = np.diff(structures.ptr)
-        if len(sizes) == 1:
+        apart: np.ndarray = np.logical_not(structures.pbc.any(axis=1))
+        if len(apart) == 1:
+            return self._vesin_pairs(structures.positions, structures.cells[0], structures.pbc[0], cutoff)
+        found = []
+        if apart.any():
+            atoms, positions = _in_a_row(structures, apart, cutoff)
+            near = self._vesin_pairs(positions, np.zeros((3, 3)), np.zeros(3, dtype=bool), cutoff)
+            found.append(near if apart.all() else near._replace(atoms=atoms[near.atoms]))
+        for number in np.flatnonzero(~apart).tolist():
+            first, end = structures.ptr[number : number + 2].tolist()
+            near = self._vesin_pairs(
+                structures.positions[first:end], structures.cells[number], structures.pbc[number], cutoff
+            )
+            found.append(near._replace(atoms=near.atoms + first))
+        return found[0] if len(found) == 1 else Pairs(*(np.concatenate([each[k] for each in found]) for k in (0, 1)))
+
+    def batch(self, structures: Structures, cutoff: float) -> Neighbours:
+        """The pairs of several structures, atoms counted through; small ones are searched as by :meth:`pairs`."""
+        if len(structures.cells) == 1:
             return self(structures.positions, structures.cells[0], structures.pbc[0], cutoff)
-        small = bool(sizes.max() <= _SMALL)
-        apart = np.logical_and(small, ~structures.pbc.any(axis=1))
+        small = _candidates(structures, cutoff) <= _FEW
+        apart = small & ~structures.pbc.any(axis=1)
         found = []
         for number in np.flatnonzero(~apart).tolist():
             first, end = structures.ptr[number : number + 2].tolist()
             one = (structures.positions[first:end], structures.cells[number], structures.pbc[number], cutoff)
-            near = self._find_on_host(*one) if small else self(*one)
+            near = self._find_on_host(*one) if small[number] else self(*one)
             found.append(near._replace(edge_index=near.edge_index + first))
         if apart.any():
-            found.append(self._find_apart(structures, apart, cutoff))
-        index, shifts = (torch.cat([each[k] for each in found], dim=1 - k).to(self.device) for k in (0, 1))
+            atoms, positions = _in_a_row(structures, apart, cutoff)
+            near = self._find_on_host(positions, np.zeros((3, 3)), np.zeros(3, dtype=bool), cutoff)
+            found.append(near._replace(edge_index=torch.from_numpy(atoms)[near.edge_index]))
+        index, shifts = (torch.cat([each[k].to(self.device) for each in found], dim=1 - k) for k in (0, 1))
         return Neighbours(index, shifts)
 
     def _find_on_host(self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float) -> Neighbours:
         return self._vesin_cpu(positions, _periodic_box(cell, pbc), pbc, cutoff)
-
-    def _find_apart(self, structures: Structures, chosen: np.ndarray, cutoff: float) -> Neighbours:
-        """The pairs of the chosen structures, none of them periodic, by one search: they are put in a row, further than
-        the cutoff from one another."""
-        atoms = np.flatnonzero(chosen[structures.batch])
-        sizes = np.diff(structures.ptr)[chosen]
-        positions = structures.positions[atoms]
-        begin = np.cumsum(sizes) - sizes
-        low, high = (least.reduceat(positions[:, 0], begin) for least in (np.minimum, np.maximum))
-        room = high - low + 2 * cutoff
-        positions[:, 0] += np.repeat(np.cumsum(room) - room - low, sizes)
-        found = self._find_on_host(positions, np.zeros((3, 3)), np.zeros(3, dtype=bool), cutoff)
-        return found._replace(edge_index=torch.from_numpy(atoms)[found.edge_index])
 
     def _first(self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float) -> Neighbours:
         """Decide on a method for this GPU by trying: vesin finds out at the first search whether it can compile."""
@@ -170,11 +203,19 @@ class NeighbourSearch:
             return _in_order(self._vesin_cuda(positions, box, pbc, cutoff))
         return self._uploaded(positions, box, pbc, cutoff)
 
-    def _vesin(self, cutoff: float, where: str) -> vesin.NeighborList:
-        """Its object, which keeps its memory, for one cutoff and device."""
+    def _vesin(self, cutoff: float, where: str, *, full: bool = True) -> vesin.NeighborList:
+        """Its object, which keeps its memory, for one cutoff and use."""
         if where not in self._search or self._search[where][0] != cutoff:
-            self._search[where] = (cutoff, vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True))
+            self._search[where] = (cutoff, vesin.NeighborList(cutoff=cutoff, full_list=full, sorted=full))
         return self._search[where][1]
+
+    def _vesin_pairs(self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, cutoff: float) -> Pairs:
+        # Each pair once and in no order takes half of what a sorted list of both directions does.
+        search = self._vesin(cutoff, "pairs", full=False)
+        atoms, images = search.compute(
+            points=positions, box=_periodic_box(cell, pbc), periodic=pbc, quantities="PS", copy=True
+        )
+        return Pairs(atoms.view(np.int64), images)
 
     def _vesin_cpu(self, positions: np.ndarray, box: np.ndarray, pbc: np.ndarray, cutoff: float) -> Neighbours:
         receiver, sender, shifts = self._vesin(cutoff, "cpu").compute(
@@ -258,13 +299,50 @@ def _in_order(found: Neighbours) -> Neighbours:
     not the same to the last bit, least of all where an atom sees images of one atom at the same distance on both sides.
     """
     image = found.shifts.to(torch.int64) & _IMAGE_MASK
-    key = (found.edge_index[0] << 3 * _IMAGE_BITS) | (image[:, 0] << 2 * _IMAGE_BITS)
-    order = torch.argsort(key | (image[:, 1] << _IMAGE_BITS) | image[:, 2])
+    key = (found.edge_index[0] << 3 * IMAGE_BITS) | (image[:, 0] << 2 * IMAGE_BITS)
+    order = torch.argsort(key | (image[:, 1] << IMAGE_BITS) | image[:, 2])
     return Neighbours(found.edge_index[:, order], found.shifts[order])
+
+
+def _candidates(structures: Structures, cutoff: float) -> np.ndarray:
+    """[G] at most how many pairs vesin looks at on the CPU, which takes about 4 ns for each.
+
+    It sorts atoms into cells not thinner than the cutoff, where the box has room for several, and tries those around
+    each, through the boundaries that are periodic. Of the others' extent nothing is assumed.
+    """
+    sizes, pbc = np.diff(structures.ptr), structures.pbc
+    if not pbc.any():
+        tried: np.ndarray = sizes * sizes
+        return tried
+    # Heights from the periodic vectors' Gram matrix, in which others stand as perpendicular ones.
+    periodic = np.where(pbc[:, :, None], structures.cells, 0.0)
+    gram = periodic @ periodic.swapaxes(1, 2) + np.where(pbc, 0.0, 1.0)[:, :, None] * np.identity(3)
+    heights = 1 / np.sqrt(np.linalg.inv(gram).diagonal(axis1=1, axis2=2))
+    cells = np.maximum(np.floor(heights / cutoff), 1.0)
+    around = np.where(pbc, (2 * np.ceil(cutoff * cells / heights) + 1) / cells, 1.0)
+    tried = sizes * sizes * around.prod(axis=1)
+    return tried
+
+
+def _in_a_row(structures: Structures, chosen: np.ndarray, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers and positions of the atoms of the chosen structures, none of them periodic, put in a row: further than
+    the cutoff from one another, so that one search finds the pairs of all."""
+    atoms = np.flatnonzero(chosen[structures.batch])
+    sizes = np.diff(structures.ptr)[chosen]
+    positions = structures.positions[atoms]
+    begin = np.cumsum(sizes) - sizes
+    low, high = (least.reduceat(positions[:, 0], begin) for least in (np.minimum, np.maximum))
+    room = high - low + 2 * cutoff
+    positions[:, 0] += np.repeat(np.cumsum(room) - room - low, sizes)
+    return atoms, positions
 
 
 def _periodic_box(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:
     """Vectors of directions that are not periodic are replaced: they may be anything, zero too."""
+    if pbc.all():
+        return np.ascontiguousarray(cell)
+    if not pbc.any():
+        return np.identity(3)
     return np.ascontiguousarray(complete_cell(np.where(np.asarray(pbc)[:, None], cell, 0.0)))
 
 
@@ -311,12 +389,11 @@ def _nvalchemi(
     return Neighbours(index, -shifts[receiver, slot].to(torch.int32))
 
 
-_SMALL = 1000
-"""Atoms of each structure of a batch up to which the CPU finds its pairs."""
+_FEW = 200_000
+"""Candidates up to which the CPU finds a structure's pairs: in about 0.8 ms."""
 
-_IMAGE_BITS = 14
-_IMAGE_MASK = (1 << _IMAGE_BITS) - 1
-"""Images of one atom inside a cutoff differ in the last 14 bits of a shift; 2^21 atoms have room beside them."""
+_IMAGE_MASK = (1 << IMAGE_BITS) - 1
+"""The bits in which images of one atom differ; 2^21 atoms have room beside three of them."""
 
 _NVALCHEMI_ROOM = 256
 """Neighbours of an atom that its matrix has room for at first; more of them take a second search."""

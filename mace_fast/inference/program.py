@@ -1,14 +1,15 @@
 """A frozen model with static shapes: buffers for so many atoms, edges and structures, evaluated as they are filled.
 
 Everything has a fixed size, and nothing in an evaluation waits for the device, so that on CUDA it is one graph that is
-captured once and replayed. Lists are loaded at a rebuild of the neighbour list; a step brings positions, in one copy,
-and takes all results back in one copy. On the CPU the same program runs without a graph.
+captured once and replayed. Lists are loaded at a rebuild of the neighbour list, in one copy if they come from the host;
+a step brings positions, in one copy, and takes all results back in one copy. On the CPU the same program runs without a
+graph.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from mace_fast.errors import MissingToolError
-from mace_fast.inference.edges import Memo, SortedEdges, pad, refill
-from mace_fast.inference.energies import NodeInputs
+from mace_fast.inference.edges import Memo, SortedEdges
+from mace_fast.inference.energies import NodeInputs, nodes_can_be_captured
 from mace_fast.inference.frozen import FrozenMACE, Geometry, Prepared
+from mace_fast.inference.packed import Packed
+from mace_fast.inference.padded import padded_parts, refill, without_edges, write
 from mace_fast.kernels.ops.geometry import edge_geometry
 from mace_fast.kernels.ops.totals import atom_forces, structure_stress
 
@@ -80,30 +83,34 @@ class StaticProgram:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._prepared: Prepared | None = None
         self._nodes: NodeInputs | None = None
+        self._nodes_stale = False
+        self._node_graph: torch.cuda.CUDAGraph | None = None
         self._moved = False
+        self._lists: Packed | None = None
+        self._lists_to_upload = False
         self._edges: SortedEdges | None = None
+        self._host_edges: SortedEdges | None = None
+        self._used = self._host_used = 0
         self._data: dict[str, Tensor] = {}
+        self._features: Packed | None = None
+        self._data_to_upload = False
         self._data_from: Memo[bool] = Memo()
         self._names = {"node_attrs", "batch", "ptr", "head", *feature_specs(model)}
         self._sizes = (0, 0)
-        self._used = 0
         self._layout: list[tuple[str, slice, tuple[int, ...]]] = []
-        atoms, edges, graphs = bucket
-        pinned = self.device.type == "cuda"
-
-        def buffer(*shape: int) -> tuple[Tensor, Tensor]:
-            host = torch.zeros(shape, dtype=torch.float64, pin_memory=pinned)
-            return host, torch.zeros(shape, dtype=torch.float64, device=self.device) if pinned else host
-
+        atoms, _, graphs = bucket
         # Positions, then cells: what changes from step to step, together.
-        self._host_inputs, self._inputs = buffer(atoms + 3 * (graphs + 1), 3)
-        self._inputs_array = self._host_inputs.numpy()
+        self._packed_inputs = Packed({"all": ((atoms + 3 * (graphs + 1), 3), torch.float64)}, self.device)
+        self._inputs = self._packed_inputs.on_device["all"]
+        self._inputs_array = self._packed_inputs.on_host["all"].numpy()
+        self._elements = torch.arange(len(model.atomic_numbers), device=self.device)
         self._parts: dict[str, tuple[int, ...]] = {"node_energy": (atoms,), "energy": (graphs + 1,)}
         self._parts |= {"forces": (atoms, 3)} if self.forces else {}
         self._parts |= {"stress": (graphs + 1, 3, 3), "virials": (graphs + 1, 3, 3)} if stress else {}
-        self._host_outputs, self._outputs = buffer(sum(math.prod(shape) for shape in self._parts.values()))
+        size, pinned = sum(math.prod(shape) for shape in self._parts.values()), self.device.type == "cuda"
+        self._host_outputs = torch.zeros(size, dtype=torch.float64, pin_memory=pinned)
+        self._outputs = torch.zeros_like(self._host_outputs, device=self.device) if pinned else self._host_outputs
         self._outputs_array = self._host_outputs.numpy()
-        self._shifts = torch.full((edges, 3), FAR, dtype=torch.float64, device=self.device)
 
     @property
     def captured(self) -> bool:
@@ -118,24 +125,43 @@ class StaticProgram:
     def load(self, edges: SortedEdges, data: Mapping[str, Tensor], version: tuple[Any, ...]) -> None:
         """Fill in a neighbour list and what else does not change from step to step.
 
+        What comes from the host is brought over by the next :meth:`step`; nothing else may be loaded before that.
+
         Args:
-            edges: of at most ``bucket.atoms`` atoms: if fewer, they are filled up here.
-            data: ``node_attrs``, ``batch``, ``ptr``, ``head`` and embedded features, as MACE takes them.
+            edges: of at most ``bucket.atoms`` atoms: if fewer, they are filled up here. On the device or on the host;
+                in the latter case :meth:`set_shifts` has to follow with shifts from there.
+            data: ``batch``, ``ptr``, ``head`` and embedded features, as MACE takes them, and ``node_attrs``, which can
+                be made from the species of the edges. On the device or on the host.
             version: kept as :attr:`version` when all is loaded.
 
         Raises:
             ValueError: more atoms, edges or structures than the bucket has room for.
         """
         self.version = None
-        atoms, count, graphs = data["node_attrs"].shape[0], edges.sender.shape[0], data["ptr"].shape[0] - 1
+        atoms, count, graphs = data["batch"].shape[0], edges.sender.shape[0], data["ptr"].shape[0] - 1
         if not self.bucket.holds(atoms, count, graphs):
             raise ValueError(f"{atoms} atoms, {count} edges, {graphs} structures do not fit into {self.bucket}")
         if edges.num_atoms != self.bucket.atoms:
             raise ValueError(f"edges are sorted for {edges.num_atoms} atoms, and must be for {self.bucket.atoms}")
-        if self._edges is None:
-            self._edges = pad(edges, self.bucket.edges)
+        if self._lists is None or self._edges is None:
+            parts = padded_parts(
+                self.bucket.atoms, self.bucket.edges, len(self._elements), with_pairs=edges.pair is not None
+            )
+            self._lists = Packed({**parts, "shifts": ((self.bucket.edges, 3), torch.float64)}, self.device)
+            self._edges = without_edges(self._lists.on_device)
+            self._shifts = self._lists.on_device["shifts"].fill_(FAR)
+        # If filling breaks off, what it wrote is padding to be written over.
+        if _on_host(edges.sender):
+            if self._host_edges is None:
+                self._host_edges = without_edges(self._lists.on_host)
+                self._lists.on_host["shifts"].fill_(FAR)
+            self._host_used = max(self._host_used, count)
+            self._host_edges = refill(self._host_edges, self._host_used, edges)
+            self._lists.on_host["shifts"][count : self._host_used] = FAR
+            self._edges = self._edges._replace(present=edges.present)
+            self._host_used = count
+            self._lists_to_upload = True
         else:
-            # If this breaks off, what it wrote is padding to be written over.
             self._used = max(self._used, count)
             self._edges = refill(self._edges, self._used, edges)
             self._shifts[count : self._used] = FAR
@@ -146,54 +172,97 @@ class StaticProgram:
         self.version = version
 
     def set_shifts(self, shifts: Tensor) -> None:
-        """[count, 3] float64, A, of the loaded edges in their order: what a cell that changes brings."""
-        self._shifts[: shifts.shape[0]] = shifts
+        """[count, 3] float64, A, of the loaded edges in their order: what a cell that changes brings. On the device, or
+        on the host where the edges came from there."""
+        assert self._lists is not None, "load() comes first"
+        if _on_host(shifts):
+            write(self._lists.on_host["shifts"][: shifts.shape[0]], shifts)
+            self._lists_to_upload = True
+        else:
+            self._upload_lists()  # which would come over these
+            self._shifts[: shifts.shape[0]] = shifts
 
     def set_features(self, data: Mapping[str, Tensor]) -> None:
         """Other values of the embedded features, or of anything else that is not edges; nothing where they are those
         that were set last."""
         assert self._edges is not None, "load() comes first"
         sources = tuple(data[name] for name in sorted(self._names & data.keys()))
-        if self._data_from.get(sources) is None:
-            filled = pad_inputs(data, self.bucket, self.model)
-            if self._data.keys() == filled.keys():
-                for name, target in self._data.items():
-                    target.copy_(filled[name])
-            else:
-                self._data, self._moved = {name: value.clone() for name, value in filled.items()}, True
-            self._make_nodes(self.model.prepare(self._edges.present))
-            self._data_from.put(sources, True)
+        if self._data_from.get(sources) is not None:
+            return
+        filled = pad_inputs(data, self.bucket, self.model)
+        parts = {name: (tuple(value.shape), value.dtype) for name, value in filled.items()}
+        if self._features is None or parts != self._features.parts:
+            self._features = Packed(parts, self.device)
+            self._data, self._node_graph, self._moved = dict(self._features.on_device), None, True
+            if "node_attrs" not in filled:
+                shape = (self.bucket.atoms, len(self._elements))
+                self._data["node_attrs"] = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        from_host = _on_host(filled["batch"])
+        target = self._features.on_host if from_host else self._features.on_device
+        for name, value in filled.items():
+            write(target[name], value)
+        self._data_to_upload, self._nodes_stale = from_host, True
+        self._data_from.put(sources, True)
+
+    def _upload_lists(self) -> None:
+        if self._lists_to_upload:
+            assert self._lists is not None
+            self._lists.upload()
+            self._lists_to_upload = False
+
+    def _made_nodes(self, prepared: Prepared) -> NodeInputs:
+        assert self._edges is not None and self._features is not None
+        if "node_attrs" not in self._features.on_device:
+            torch.eq(self._edges.species[:, None], self._elements, out=self._data["node_attrs"])
+        return self.model.node_inputs(self._data, self._edges, prepared)
 
     def _make_nodes(self, prepared: Prepared) -> None:
         """What does not depend on positions, written where a graph reads it if it has its shapes already."""
-        assert self._edges is not None
-        made = self.model.node_inputs(self._data, self._edges, prepared)
-        old = self._nodes
-        if old is None or [t.shape for t in old.tensors] != [t.shape for t in made.tensors]:
-            self._nodes, self._moved = made, True
-        else:
-            for target, value in zip(old.tensors, made.tensors, strict=True):
-                target.copy_(value)
+        self._nodes_stale = True
         if prepared is not self._prepared:
-            # Held, since the graph reads its weights where they lie.
-            self._prepared, self._moved = prepared, True
+            # Held, since graphs read its weights where they lie.
+            self._prepared, self._node_graph, self._moved = prepared, None, True
+        if self._node_graph is None:
+            made, old = self._made_nodes(prepared), self._nodes
+            if old is None or [t.shape for t in old.tensors] != [t.shape for t in made.tensors]:
+                self._nodes, self._moved = made, True
+            else:
+                self._write_nodes(made)
+                if self._capture and nodes_can_be_captured(self.model, prepared.readouts):
+                    self._node_graph = self._recorded(lambda: self._write_nodes(self._made_nodes(prepared)))
+        else:
+            self._node_graph.replay()
+        self._nodes_stale = False
+
+    def _write_nodes(self, made: NodeInputs) -> None:
+        assert self._nodes is not None
+        for target, value in zip(self._nodes.tensors, made.tensors, strict=True):
+            target.copy_(value)
 
     def step(self, positions: np.ndarray, cells: np.ndarray) -> dict[str, np.ndarray]:
         """Results for positions [N, 3] and cells [G, 3, 3] (the volume of the latter divides stresses), float64."""
+        assert self._edges is not None, "load() comes first"
         atoms, graphs = self._sizes
         self._inputs_array[:atoms] = positions
         start = self.bucket.atoms
         self._inputs_array[start : start + 3 * graphs] = cells.reshape(-1, 3)
-        if self._inputs is not self._host_inputs:
-            self._inputs.copy_(self._host_inputs, non_blocking=True)
+        self._packed_inputs.upload()
+        self._upload_lists()
+        if self._data_to_upload:
+            assert self._features is not None
+            self._features.upload()
+            self._data_to_upload = False
         self.run()
         if self._outputs is not self._host_outputs:
             self._host_outputs.copy_(self._outputs, non_blocking=True)
+            # Now the host may write again what it has uploaded.
             torch.cuda.current_stream(self.device).synchronize()
         return {name: self._outputs_array[part].reshape(shape).copy() for name, part, shape in self._layout}
 
     def step_on_device(self, positions: Tensor, cells: Tensor) -> dict[str, Tensor]:
-        """The same with tensors on the device; the results are copies, in float64 for nodes, else as the positions."""
+        """The same with tensors on the device, from where all that was loaded came too; the results are copies, in
+        float64 for nodes, else as the positions."""
+        assert self._edges is not None, "load() comes first"
         atoms, graphs = self._sizes
         start = self.bucket.atoms
         self._inputs[:atoms] = positions.detach()
@@ -210,19 +279,18 @@ class StaticProgram:
         """Evaluate what is in the buffers; on CUDA this does not wait for the device."""
         assert self._edges is not None, "load() comes first"
         prepared = self.model.prepare(self._edges.present)
-        if prepared is not self._prepared:
+        if prepared is not self._prepared or self._nodes_stale:
             self._make_nodes(prepared)
         if not self._capture:
             self._evaluate()
             return
         if self._graph is None or self._moved:
-            self._record()
+            self._graph = self._recorded(self._evaluate)
             self._moved = False
-        assert self._graph is not None
         self._graph.replay()
 
-    def _record(self) -> None:
-        """Capture the evaluation; kernels are compiled and libraries choose their algorithms in the runs before.
+    def _recorded(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Capture work; kernels are compiled and libraries choose their algorithms in the runs before.
 
         A graph that is there already stays until the next is, so that its pool of memory lives on and serves it too.
         """
@@ -231,14 +299,14 @@ class StaticProgram:
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
                 for _ in range(_WARMUPS):
-                    self._evaluate()
+                    work()
             torch.cuda.current_stream(self.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads may work on the GPU meanwhile: other calculators of this process do.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                self._evaluate()
+                work()
         self._pool = graph.pool() if self._pool is None else self._pool
-        self._graph = graph
+        return graph
 
     def _evaluate(self) -> None:
         edges, nodes, prepared = self._edges, self._nodes, self._prepared
@@ -280,10 +348,13 @@ _OF_ATOMS = ("node_energy", "forces")
 
 
 def pad_inputs(data: Mapping[str, Tensor], bucket: Bucket, model: FrozenMACE) -> dict[str, Tensor]:
-    """MACE's inputs filled up to a bucket: further atoms like the first belong to one structure more, which is last."""
-    atoms, graphs = data["node_attrs"].shape[0], data["ptr"].shape[0] - 1
+    """MACE's inputs filled up to a bucket: further atoms like the first belong to one structure more, which is last.
+    ``node_attrs`` and ``head`` where they are there."""
+    atoms, graphs = data["batch"].shape[0], data["ptr"].shape[0] - 1
 
     def filled(values: Tensor, count: int) -> Tensor:
+        if values.shape[0] == count:
+            return values
         rest = values[:1].expand(count - values.shape[0], *values.shape[1:])
         return torch.cat([values, rest])
 
@@ -292,12 +363,18 @@ def pad_inputs(data: Mapping[str, Tensor], bucket: Bucket, model: FrozenMACE) ->
     ptr[-1] = bucket.atoms
     batch = torch.full((bucket.atoms,), bucket.graphs, dtype=data["batch"].dtype, device=data["batch"].device)
     batch[:atoms] = data["batch"]
-    padded = {"node_attrs": filled(data["node_attrs"], bucket.atoms), "batch": batch, "ptr": ptr}
+    padded = {"batch": batch, "ptr": ptr}
+    if "node_attrs" in data:
+        padded["node_attrs"] = filled(data["node_attrs"], bucket.atoms)
     if "head" in data:
         padded["head"] = filled(data["head"], bucket.graphs + 1)
     for name, spec in feature_specs(model).items():
         padded[name] = filled(data[name], bucket.atoms if spec["per"] == "atom" else bucket.graphs + 1)
     return padded
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def feature_specs(model: Any) -> Mapping[str, Mapping[str, Any]]:

@@ -20,16 +20,18 @@ import torch
 from torch import Tensor
 
 from mace_fast.errors import DeviceError
-from mace_fast.inference.arrays import fingerprint, same
+from mace_fast.inference.arrays import fingerprint
+from mace_fast.inference.candidates import Candidates
 from mace_fast.inference.device_errors import explain_device_error, is_device_error
-from mace_fast.inference.edges import AtomsBySpecies, SortedEdges, group_atoms, sort_edges
+from mace_fast.inference.edges import AtomsBySpecies, SortedEdges, group_atoms
 from mace_fast.inference.exact import ExactList
 from mace_fast.inference.frozen import FrozenMACE, atomic_forces, pair_virials, virials_and_stress
 from mace_fast.inference.geometry import volume_cell
-from mace_fast.inference.neighbours import NeighbourSearch, upload
+from mace_fast.inference.neighbours import NeighbourSearch
+from mace_fast.inference.packed import bring
 from mace_fast.inference.program import Bucket, StaticProgram, feature_specs
 from mace_fast.inference.radial import depends_on_species
-from mace_fast.inference.verlet import Structures, Verlet
+from mace_fast.inference.verlet import Structures
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,8 @@ class Stepper:
         if not skin >= 0:
             raise ValueError(f"skin={skin!r}: a distance in A, 0 for a new list at each step")
         self.models = list(models)
-        self.device = next(self.models[0].parameters()).device
+        parameter = next(self.models[0].parameters())
+        self.device, self._dtype = parameter.device, parameter.dtype
         on_gpu = self.device.type == "cuda"
         self._capture = on_gpu if cuda_graph is None else cuda_graph
         self._static = on_gpu or bool(static) or self._capture
@@ -120,7 +123,7 @@ class Stepper:
         self._programs.clear()
         self._inputs: dict[str, Tensor] = {}
         self._species = torch.empty(0, dtype=torch.int64)
-        self._grouped: dict[int, AtomsBySpecies] = {}
+        self._grouped: dict[tuple[int, torch.device], AtomsBySpecies] = {}
         self._inputs_of: tuple[object, ...] | None = None
         self._chosen: dict[tuple[int, bool, bool], tuple[int, int, tuple[Any, ...]]] = {}
         self._again: list[Callable[[], object]] = []
@@ -130,7 +133,7 @@ class Stepper:
         on a GPU the order in which edges are summed is that of their lengths when the list was made.
         """
         self._exact: ExactList | None = None
-        self._list: _DeviceList | None = None
+        self._list: Candidates | None = None
 
     def repeat(self) -> None:
         """The last evaluation once more, without input, lists and output: what no step can be faster than. On CUDA it
@@ -174,22 +177,24 @@ class Stepper:
         return self._present
 
     def _model_inputs(self, structures: Structures) -> dict[str, Tensor]:
-        """MACE's input without positions, cells and edges; made again when it changes."""
+        """MACE's input without positions, cells and edges, on the host; made again when it changes. Programs make
+        ``node_attrs`` themselves."""
         key = _inputs_key(structures)
         if self._inputs_of == key:
             return self._inputs
-        dtype = next(self.models[0].parameters()).dtype
         graphs = len(structures.cells)
-        species = torch.from_numpy(structures.species)
-        self._species, self._grouped = species.to(self.device), {}
+        self._species, self._grouped = torch.from_numpy(structures.species), {}
         inputs = {
-            "node_attrs": torch.nn.functional.one_hot(species, self._num_species).to(dtype),
             "batch": torch.from_numpy(structures.batch),
             "ptr": torch.from_numpy(structures.ptr),
             "head": torch.full((graphs,), structures.head),
-            **{name: torch.from_numpy(np.asarray(structures.features[name])).to(dtype) for name in self._specs},
         }
-        self._inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        for name in self._specs:
+            inputs[name] = torch.from_numpy(np.asarray(structures.features[name])).to(self._dtype)
+        if not self._static:
+            one_hot = torch.nn.functional.one_hot(self._species, self._num_species)
+            inputs["node_attrs"] = one_hot.to(self._dtype)
+        self._inputs = inputs
         self._inputs_of = key
         self._inputs_made += 1
         return self._inputs
@@ -226,7 +231,9 @@ class Stepper:
     def _step_static(self, structures: Structures, cells: np.ndarray, forces: bool, stress: bool) -> list[Results]:
         data = self._model_inputs(structures)
         if self._list is None or not self._list.verlet.holds(structures):
-            self._list = self._find(structures)
+            self._list = Candidates.find(
+                structures, self.search, self._cutoff, self.skin, self._species_with_tables(structures)
+            )
             self.rebuilds += 1
         candidates = self._list
         results: list[Results] = []
@@ -236,9 +243,8 @@ class Stepper:
             loaded = program.version
             # Numbers, not objects: a program that waits must not keep a list alive.
             if loaded is None or loaded[0] != self.rebuilds:
-                program.load(
-                    candidates.sorted_for(self._atoms(program.bucket.atoms, candidates.present)), data, (self.rebuilds,)
-                )
+                edges = candidates.sorted_for(self._atoms(program.bucket.atoms, candidates))
+                program.load(edges, data, (self.rebuilds,))
                 loaded = (self.rebuilds, 0, self._inputs_made)
             candidates.set_cells(structures.cells)
             if loaded[1] != candidates.cells_set:
@@ -251,32 +257,22 @@ class Stepper:
         self._again = again
         return results
 
-    def _find(self, structures: Structures) -> _DeviceList:
-        """Candidates of structures whose model inputs have been made."""
-        return _DeviceList(
-            structures,
-            self.search,
-            self._cutoff,
-            self.skin,
-            self._species_with_tables(structures),
-            self._inputs["batch"],
-        )
-
-    def _atoms(self, count: int, present: tuple[int, ...] | None) -> AtomsBySpecies:
+    def _atoms(self, count: int, candidates: Candidates) -> AtomsBySpecies:
         """Atoms in groups, kept while their species, and with them the tables, are the same; those beyond the
         structures' are like the first."""
-        grouped = self._grouped.get(count)
+        key = count, candidates.where
+        grouped = self._grouped.get(key)
         if grouped is None:
             rest = self._species[:1].expand(count - self._species.shape[0])
-            grouped = group_atoms(torch.cat([self._species, rest]), self._num_species, present)
-            self._grouped[count] = grouped
+            species = bring(torch.cat([self._species, rest]), candidates.where)
+            grouped = self._grouped[key] = group_atoms(species, self._num_species, candidates.present)
         return grouped
 
     def _program(
         self,
         number: int,
         model: FrozenMACE,
-        candidates: _DeviceList,
+        candidates: Candidates,
         structures: Structures,
         forces: bool,
         stress: bool,
@@ -318,67 +314,6 @@ def _evaluate_exact(
 ) -> tuple[dict[str, Tensor | None], Tensor | None]:
     with torch.set_grad_enabled(want_forces):
         return model.evaluate(data, edges, vectors, want_forces=want_forces)
-
-
-class _DeviceList:
-    """Candidates on the device, sorted when they are found."""
-
-    def __init__(
-        self,
-        structures: Structures,
-        search: NeighbourSearch,
-        cutoff: float,
-        skin: float,
-        present: tuple[int, ...] | None,
-        batch: Tensor,
-    ) -> None:
-        self.verlet = Verlet(structures, cutoff, skin)
-        self.present = present
-        """Species that tables of pairs exist for; None where one table serves all pairs."""
-        self._index, self._images = search.batch(structures, cutoff + skin)
-        self._graph = batch if len(structures.cells) > 1 else None
-        self._cells = structures.cells.copy()
-        positions, cells = upload(search.device, structures.positions, structures.cells)
-        sender, receiver = self._index
-        self.shifts = self._cartesian(self._images, receiver, cells)
-        """[E, 3] float64, A, for the cells that were set last, in sorted order once there were any."""
-        self._lengths = (positions[receiver] - positions[sender] + self.shifts).norm(dim=1)
-        self._sorted: dict[int, SortedEdges] = {}
-        self._sorted_images: Tensor | None = None
-        self.cells_set = 0
-        """How often other cells were set."""
-
-    @property
-    def count(self) -> int:
-        """E."""
-        return self._index.shape[1]
-
-    def _cartesian(self, images: Tensor, receiver: Tensor, cells: Tensor) -> Tensor:
-        if self._graph is None:
-            return images.to(torch.float64) @ cells[0]
-        return (images.to(torch.float64)[:, :, None] * cells[self._graph[receiver.long()]]).sum(dim=1)
-
-    def sorted_for(self, atoms: AtomsBySpecies) -> SortedEdges:
-        """Edges for these atoms, of which those beyond the structures' have none."""
-        count = atoms.species.shape[0]
-        if count not in self._sorted:
-            self._sorted[count] = sort_edges(self._index, self._lengths, atoms)
-        return self._sorted[count]
-
-    def set_cells(self, cells: np.ndarray) -> None:
-        """Make :attr:`shifts`; edges have been sorted before. Does not wait for the device."""
-        if self.cells_set and same(self._cells, cells):
-            return
-        edges = next(iter(self._sorted.values()))  # atoms without edges do not change the order
-        if not self.cells_set and same(self._cells, cells):
-            self.shifts = self.shifts[edges.permutation]  # of the cells that the list was found for
-        else:
-            if self._sorted_images is None:
-                self._sorted_images = self._images[edges.permutation]
-            (on_device,) = upload(self._index.device, cells)
-            self.shifts = self._cartesian(self._sorted_images, edges.receiver, on_device)
-            self._cells = cells.copy()
-        self.cells_set += 1
 
 
 def _bucket(atoms: int, edges: int, graphs: int, known: list[Bucket]) -> Bucket:

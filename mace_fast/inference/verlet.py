@@ -53,16 +53,19 @@ class Verlet:
     Args:
         structures: that the list was made for; arrays are copied.
         cutoff, skin: A. A skin of zero holds for the very same structures alone.
+
+    Attributes:
+        positions, cells: copies of those structures' arrays.
     """
 
     def __init__(self, structures: Structures, cutoff: float, skin: float) -> None:
         self._cutoff, self._reach = cutoff, cutoff + skin
-        self._positions = structures.positions.copy()
-        self._cells, self._pbc = structures.cells.copy(), structures.pbc.copy()
+        self.positions = structures.positions.copy(order="C")
+        self.cells, self._pbc = structures.cells.copy(order="C"), structures.pbc.copy()
         self._ptr, self._atoms = structures.ptr.copy(), _atoms(structures)
         self._batch = structures.batch
         # By coordinate: sums over the three are then sums of long rows, several times as fast.
-        self._coordinates = self._positions.T.copy()
+        self._coordinates = self.positions.T.copy()
         self._moved = np.empty_like(self._coordinates)
 
     def same_atoms(self, structures: Structures) -> bool:
@@ -74,7 +77,7 @@ class Verlet:
         if not self.same_atoms(structures):
             return False
         stretch, moved = 1.0, self._moved
-        if same(self._cells, structures.cells):
+        if same(self.cells, structures.cells):
             np.subtract(structures.positions.T, self._coordinates, out=moved)
         else:
             stretch = self._moved_with_cells(structures)
@@ -84,9 +87,9 @@ class Verlet:
 
     def _moved_with_cells(self, structures: Structures) -> float:
         """Displacements beside those that the cells bring; returns by how much distances may have shrunk."""
-        cells = zip(self._cells, structures.cells, self._pbc, strict=True)
+        cells = zip(self.cells, structures.cells, self._pbc, strict=True)
         deformations = np.stack([_deformation(*each) for each in cells])
-        moved = structures.positions - np.einsum("ni,nij->nj", self._positions, deformations[self._batch])
+        moved = structures.positions - np.einsum("ni,nij->nj", self.positions, deformations[self._batch])
         # Barostats differ in the point that stays: only differences between atoms of a structure count.
         starts, sizes = self._ptr[:-1], np.diff(self._ptr)[:, None]
         moved -= (np.add.reduceat(moved, starts, axis=0) / sizes)[self._batch]
