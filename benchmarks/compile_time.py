@@ -152,7 +152,7 @@ def conv_row(problem: str, dtype: torch.dtype, arch: str) -> dict[str, Any]:
     passes = gpu_passes(description, dtype.itemsize)
     sources = [cuda_source(description, dtype.itemsize, variant) for variant in passes]
     wall, cpu = time.perf_counter(), _processor_time()
-    compiled = side_by_side([partial(compile_cuda, source, arch) for source in sources])
+    compiled = side_by_side([partial(compile_cuda, source, arch) for source in reversed(sources)])[::-1]
     used = [max(c.resources.values(), key=lambda r: r.registers) for c in compiled]
     return {
         "sources": len(sources),

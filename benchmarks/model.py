@@ -4,8 +4,9 @@
     python -m benchmarks.model --models mp0-medium --sizes 64 1000 --backends e3nn mace_fast_inference
 
 Random weights, graph already on the device, parameters frozen, TF32 off. ``ms`` is the median wall time of one call,
-``busy_ms`` the sum of the times of its GPU kernels, ``peak_mib`` the memory above the loaded model, ``dE_rel``,
-``dF_rel``, ``dS_rel`` the distance from mace-torch in the same dtype.
+``busy_ms`` the sum of the times of its GPU kernels (some of which overlap in a graph), ``peak_mib`` the memory that one
+call takes, ``held_mib`` what torch's allocator holds between calls above the loaded model, graph and its pool of memory
+included, ``dE_rel``, ``dF_rel``, ``dS_rel`` the distance from mace-torch in the same dtype.
 
 Backends: e3nn (mace-torch itself), cueq, oeq (mace-torch's own converters), mace_fast (mace_fast.convert, trainable),
 mace_fast_inference (the frozen program, replayed as a CUDA graph on a GPU).
@@ -60,8 +61,7 @@ def prepare(
     if backend == "mace_fast_inference":
         program = frozen(model)
         if device.type == "cuda":
-            captured = CapturedMACE(program)
-            return lambda data: captured(data, compute_stress=True)
+            return partial(_captured, program, {})
         return lambda data: program(data, compute_stress=True)
     if backend == "mace_fast":
         model = convert(model, verify=False)
@@ -77,6 +77,15 @@ def prepare(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return lambda data: model(dict(data), compute_stress=True)
+
+
+def _captured(program: FrozenMACE, kept: dict[int, CapturedMACE], data: dict[str, Tensor]) -> dict[str, Any]:
+    """Graphs of one size at a time: memory is that of this size alone."""
+    atoms = data["positions"].shape[0]
+    if atoms not in kept:
+        kept.clear()
+        kept[atoms] = CapturedMACE(program)
+    return kept[atoms](data, compute_stress=True)
 
 
 def wall_ms(call: Call, device: torch.device, *, budget_s: float) -> float:
@@ -134,6 +143,8 @@ def measure(
                 raise
             yield {**label, "error": f"{type(error).__name__}: {error}"[:200]}
             continue
+        release(device)
+        loaded = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
         for natoms in sizes:
             graph = zoo.graph(structure(kind, natoms), base, dtype=dtype)
             data = {key: value.to(device) for key, value in graph.items()}
@@ -148,7 +159,7 @@ def measure(
                 with my_turn():
                     try:
                         row.setdefault("first_s", seconds(call))
-                        row |= measure_row(call, expected, natoms, backend == "e3nn", device, budget_s)
+                        row |= measure_row(call, expected, natoms, backend == "e3nn", device, budget_s, loaded)
                     except torch.cuda.OutOfMemoryError:
                         row["error"] = "out of memory"
                     release(device)  # in its turn: the next one may need all of the memory
@@ -169,8 +180,9 @@ def measure_row(
     is_reference: bool,
     device: torch.device,
     budget_s: float,
+    loaded: int,
 ) -> dict[str, Any]:
-    """Difference from mace-torch, memory and time of one evaluation."""
+    """Difference from mace-torch, memory and time of one evaluation; ``loaded``: bytes that were held before the first."""
     out = call()
     row: dict[str, Any] = {}
     if is_reference:
@@ -182,7 +194,8 @@ def measure_row(
     memory = peak_memory_mib(call, device)
     row["peak_mib"] = None if memory is None else round(memory, 1)
     if device.type == "cuda":
-        row["reserved_mib"] = round(torch.cuda.memory_reserved(device) / 2**20, 1)
+        release(device)
+        row["held_mib"] = round((torch.cuda.memory_reserved(device) - loaded) / 2**20, 1)
     row["ms"] = round(wall_ms(call, device, budget_s=budget_s), 4)
     if device.type == "cuda":
         row["busy_ms"] = round(busy_ms(call), 4)

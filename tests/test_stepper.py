@@ -15,7 +15,7 @@ from step_cases import WALKS, as_structures, assert_agree, build, crystal, froze
 
 from mace_fast import zoo
 from mace_fast.errors import DeviceError, MissingToolError
-from mace_fast.inference import FrozenMACE, Stepper, candidates, packed
+from mace_fast.inference import FrozenMACE, Stepper, candidates, neighbours, packed
 from mace_fast.inference import program as program_module
 from mace_fast.inference import stepper as stepper_module
 from mace_fast.inference.candidates import DeviceCandidates, HostCandidates
@@ -112,6 +112,25 @@ def test_lists_last_and_programs_are_reused(
         atoms.positions += rng.normal(0, 0.05, home.shape)
         stepper(as_structures([atoms], model))
     assert stepper.rebuilds > 1 and stepper.captures <= 2 * int(static)
+
+
+@pytest.mark.parametrize(("static", "few", "lasts"), [(True, 10**9, True), (True, 0, False), (False, 10**9, False)])
+def test_small_structures_have_a_wide_skin_in_static_programs(
+    static: bool,
+    few: int,
+    lasts: bool,
+    rng: np.random.Generator,
+    model: torch.nn.Module,
+    program: FrozenMACE,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where nothing else is asked for: an atom may move by 0.4 A before another list is made."""
+    monkeypatch.setattr(neighbours, "_FEW", few)
+    stepper, atoms = Stepper([program], static=static), crystal(rng)
+    stepper(as_structures([atoms], model))
+    atoms.positions[0, 0] += 0.4
+    stepper(as_structures([atoms], model))
+    assert (stepper.rebuilds == 1) == lasts
 
 
 @pytest.mark.parametrize("static", [False, True])

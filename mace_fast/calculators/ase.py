@@ -24,7 +24,6 @@ from mace_fast.calculators.snapshot import Snapshot, changes_since
 from mace_fast.calculators.wanted import Wanted
 from mace_fast.errors import StructureError
 from mace_fast.inference import FrozenMACE, Stepper
-from mace_fast.inference.stepper import DEFAULT_SKIN
 from mace_fast.loading import model_dtype, resolve_device, resolve_dtype
 
 _ATOMS_PER_BATCH = {"cuda": 2048, "cpu": 256}
@@ -72,7 +71,7 @@ class MACEFastCalculator(Calculator):
         skin: A. Candidate pairs are found within cutoff + skin, and used until an atom has moved by half of it or the
             cell has changed as much; 0 makes a list at each step. The skin does not change results: of the candidates,
             those within the cutoff are evaluated, or those beyond contribute exactly zero. Frozen programs alone keep
-            candidates.
+            candidates. None: 0.5, and 1.0 for small structures on a GPU, where more candidates cost nothing.
         cuda_graph: replay each evaluation as a CUDA graph: one launch in place of hundreds. None does so on a GPU.
             Graphs are captured for sizes with some room, again when a structure does not fit, and four are kept.
         neighbours: how pairs are found on a GPU, ``"vesin-cuda"``, ``"nvalchemi"`` or ``"vesin-upload"`` (the CPU's
@@ -122,7 +121,7 @@ class MACEFastCalculator(Calculator):
         *,
         verify: Verify = "once",
         frozen: bool = True,
-        skin: float = DEFAULT_SKIN,
+        skin: float | None = None,
         cuda_graph: bool | None = None,
         neighbours: str | None = None,
         head: str | None = None,

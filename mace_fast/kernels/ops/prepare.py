@@ -104,7 +104,8 @@ def _channelwise(
     def fitted(variant: Variant, arch: str) -> CudaSource:
         return fitted_source(description, dtype.itemsize, variant, arch)[0]
 
-    return [partial(fitted, variant, arch) for variant in passes]
+    # The longest to compile comes last among the passes: begun first, it has company until all is done.
+    return [partial(fitted, variant, arch) for variant in reversed(passes)]
 
 
 def _symmetric(description: SymmetricContraction, dtype: torch.dtype, arch: str | None, order: int) -> list[Source]:
