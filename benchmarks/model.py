@@ -182,7 +182,7 @@ def measure_row(
     budget_s: float,
     loaded: int,
 ) -> dict[str, Any]:
-    """Difference from mace-torch, memory and time of one evaluation; ``loaded``: bytes that were held before the first."""
+    """Difference from mace-torch, memory and time of one evaluation; ``loaded``: bytes held before the first."""
     out = call()
     row: dict[str, Any] = {}
     if is_reference:

@@ -1,6 +1,7 @@
 """Pictures of results that are there: times beside the peers', and the roofline of the convolutions.
 
-python -m benchmarks.picture        # benchmarks/results/h100-*.json -> h100-speed.png, h100-conv.png
+python -m benchmarks.picture               # benchmarks/results/h100-*.json -> h100-speed.png, h100-conv.png
+python -m benchmarks.picture --gpu h200    # the same of an H200, as far as there are results
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ Times = dict[str, dict[str, float]]
 
 
 def times_of(rows: Sequence[Mapping[str, Any]]) -> Times:
-    """The times of rows of benchmarks/step.py or benchmarks/model.py, slowest systems last."""
+    """The times of rows of benchmarks/step.py or benchmarks/model.py that have others beside ours, slowest last."""
     found: Times = {}
     for row in rows:
         if row["backend"] in _NAMES and row.get("ms") is not None:
             label = f"{row['model']}, {row['natoms']} atoms" + (", float64" if row["dtype"] == "float64" else "")
             found.setdefault(label, {})[_NAMES[row["backend"]]] = float(row["ms"])
-    return dict(sorted(found.items(), key=lambda item: item[1]["mace_fast"]))
+    beside = {label: entry for label, entry in found.items() if len(entry) > 1 and "mace_fast" in entry}
+    return dict(sorted(beside.items(), key=lambda item: item[1]["mace_fast"]))
 
 
 def draw_times(panels: Mapping[str, Times], title: str, target: Path) -> None:
@@ -90,17 +92,21 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), metavar="DIRECTORY")
     parser.add_argument("--gpu", default="h100", help="how the results' names begin (default: h100)")
     args = parser.parse_args()
-    found = {
-        name: json.loads((args.results / f"{args.gpu}-{name}.json").read_text())
-        for name in ("step", "model", "model-float64", "conv")
-    }
-    evaluations = times_of([*found["model"]["rows"], *found["model-float64"]["rows"]])
+    paths = {name: args.results / f"{args.gpu}-{name}.json" for name in ("step", "model", "model-float64", "conv")}
+    found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    rows = {name: result["rows"] for name, result in found.items()}
     panels = {
-        "A step of ASE dynamics, neighbour list included": times_of(found["step"]["rows"]),
-        "Energy, forces and stress, the graph on the device": evaluations,
+        "A step of ASE dynamics, neighbour list included": times_of(rows.get("step", [])),
+        "Energy, forces and stress, the graph on the device": times_of(
+            [*rows.get("model", []), *rows.get("model-float64", [])]
+        ),
     }
-    title = f"{found['model']['device']} (in brackets: how many times as fast as the fastest peer)"
-    draw_times(panels, title, args.results / f"{args.gpu}-speed.png")
+    panels = {name: times for name, times in panels.items() if times}
+    if panels:
+        title = f"{found['model']['device']} (in brackets: how many times as fast as the fastest peer)"
+        draw_times(panels, title, args.results / f"{args.gpu}-speed.png")
+    if "conv" not in found:
+        return
     conv = found["conv"]
     peaks = [row["fwd_TFLOPs"] / row["fwd_peak_fraction"] for row in conv["rows"] if row.get("fwd_peak_fraction")]
     peak = 1e12 * max(peaks) if peaks else None

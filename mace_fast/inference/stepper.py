@@ -39,8 +39,9 @@ DEFAULT_SKIN = 0.5
 """A. Lists serve until an atom has moved half of it: some dozens of steps of a solid at room temperature."""
 
 WIDE_SKIN = 1.0
-"""A, where a static program has so few candidates that more of them take no longer: 64 atoms of diamond 0.52 ms a step on an
-H200 with either skin, 1000 atoms 2.08 with 0.5 and 2.26 with this. Lists, 3 ms more for 64 atoms, last twice as long."""
+"""A, where a static program has so few candidates that more of them take no longer: 64 atoms of diamond 0.52 ms a step
+on an H200 with either skin, 1000 atoms 2.08 with 0.5 and 2.26 with this. Lists, 3 ms more for 64 atoms, last twice as
+long."""
 
 _MANY_SPECIES = 6
 """Where each pair of species has tables, those of up to so many species stay when others come; more take too long."""
