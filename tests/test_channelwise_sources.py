@@ -142,6 +142,14 @@ def test_plan_prints_its_decisions() -> None:
     assert "2 warp(s) of 2 channel(s) a thread for a receiver" in text
     assert "2 segment(s) side by side, a ring of 4 edges" in text and "about 148 registers" in text
     assert describe_plan(mace_product(2, 128), torch.float64).schedule.vector == 1
+    # 17 paths of 128 channels; y is read by both segments, x has 1 + 3 + 5 components.
+    plans = [describe_plan(mace_product(2, 128), torch.float32, **role) for role in ({}, {"backward": True})]
+    for layout, written in zip(plans, (0, 17 * 128 + 9 * 128 + 16), strict=True):
+        parts = len(layout.segments)
+        read, gathered, wrote = (sum(column) for column in zip(*map(layout.traffic, layout.segments), strict=True))
+        assert read == 4 * (17 * 128 + 16 * parts) and gathered == 4 * 9 * 128
+        assert wrote == 4 * (written + 16 * (parts - 1) * (written > 0))
+    assert "bytes read" in text and "block(s) of 64 threads" in text
     assert not describe_plan(mace_product(1, 33), torch.float32).exact
 
 

@@ -53,6 +53,15 @@ _LEAST_TILE = 4
 _REGISTER_FILE = 64 * 1024
 """32-bit registers of a multiprocessor."""
 
+_REGISTER_STEP = 8
+"""A thread gets a multiple of so many."""
+
+_SHARED_FILE, _SHARED_OF_BLOCK = 228 * 1024, 1024
+"""Bytes of shared memory of a multiprocessor of sm_90, and what each block takes besides its own."""
+
+_MOST_THREADS = 2048
+"""Of a multiprocessor."""
+
 _BUSY_WARPS = {False: 16, True: 8}
 """Warps that keep a multiprocessor busy: of sums, which wait for memory, and of gradients (True), which compute."""
 
@@ -232,6 +241,36 @@ class ChannelwisePlan:
             outputs, fixed = segment.z_registers, 0
         return int(words * self.schedule.vector * (outputs + held)) + fixed + _BOOKKEEPING
 
+    def occupancy(self, segment: SegmentPlan) -> int:
+        """Blocks that a multiprocessor of sm_90 has room for, by registers (the estimate) and shared memory."""
+        of_thread = -(-self.registers(segment) // _REGISTER_STEP) * _REGISTER_STEP
+        shared = self.shared_bytes(segment, want_y=self.role.backward) + _SHARED_OF_BLOCK
+        return min(_REGISTER_FILE // (of_thread * self.threads), _SHARED_FILE // shared, _MOST_THREADS // self.threads)
+
+    def traffic(self, segment: SegmentPlan) -> tuple[int, int, int]:
+        """Bytes an edge: read from memory, gathered at its sender (from a cache where it is large enough), written.
+
+        Splines' coefficients, which caches hold, and what is read and written once a receiver are left out.
+        """
+        weights = 0 if self.role.spline else sum(p.flat.mul for p in segment.paths if p.flat.weighted)
+        x = sum(slot.dim * slot.mul for slot in segment.x)
+        numbers = 2 if self.role.dual else 1
+        read, gathered = numbers * (weights + self.y_dim), numbers * x
+        written = weights + x + self.channel_blocks * (self.y_dim + self.role.spline) if self.role.backward else 0
+        return read * self.item_bytes, gathered * self.item_bytes, written * self.item_bytes
+
+    def multiply_adds(self, segment: SegmentPlan) -> int:
+        """Of an edge, over all channels; those that interpolate splines are left out."""
+        total = 0
+        for path in segment.paths:
+            uses, x = len(of_path(path.flat).uses), 2 * path.flat.l1 + 1
+            once = x + uses  # weights times x, times forms
+            if self.role.backward:
+                products = len({(i, k) for i, _, k, _ in of_path(path.flat).triples})
+                once = uses + 3 * x + products + len(of_path(path.flat).triples) + self.role.sums * uses
+            total += path.flat.mul * once
+        return total * (2 if self.role.dual else 1)
+
     def __str__(self) -> str:
         many = "side by side" if self.together else "one after the other"
         lines = [
@@ -251,6 +290,12 @@ class ChannelwisePlan:
                 f"{segment.z_registers} z values a channel, {forms} forms of y in shared memory, "
                 f"{fmas} multiply-adds an edge and channel, tile of {segment.tile} edges, "
                 f"about {self.registers(segment)} registers"
+            )
+            read, gathered, written = self.traffic(segment)
+            lines.append(
+                f"  an edge: {read} bytes read, {gathered} gathered, {written} written, {self.multiply_adds(segment)} "
+                f"multiply-adds; a multiprocessor: {self.occupancy(segment)} block(s) of {self.threads} threads with "
+                f"{self.shared_bytes(segment, want_y=self.role.backward)} bytes of shared memory each"
             )
         return "\n".join(lines)
 
