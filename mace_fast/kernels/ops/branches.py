@@ -24,7 +24,7 @@ def in_turn(pieces: int, rooms: int, device: torch.device, fill: Piece, empty: P
         device: where.
         fill, empty: launch kernels on the current stream, and allocate nothing that outlives them.
     """
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+    if pieces == 1 or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         for piece in range(pieces):
             fill(piece, piece % rooms)
             empty(piece, piece % rooms)

@@ -15,9 +15,7 @@ _TARGET_EDGES = 32
 """Edges that one group of warps should see at least: with fewer a receiver, it takes several receivers in a row."""
 _MANY_GROUPS = 768
 """Groups of warps that keep a GPU busy. Where receivers give fewer, several groups share the edges of each; where they
-give more, only to fill the last round of blocks."""
-_FEW_ROUNDS = 4 * _MANY_GROUPS
-"""Receivers beyond which the last round of blocks is a small part of all, too small for sums of parts."""
+give more, only of gradients alone, which need not be added, and only to fill the last round of blocks."""
 _MOST_EDGES = 512
 """Edges of one receiver that a group works on in any case; the rest is shared out."""
 _MULTIPROCESSORS = 132
@@ -133,7 +131,7 @@ def parts_of(receivers: int, edges: int, per_block: int, side_by_side: int, slot
         sums: whether parts are summed, which takes memory and another kernel.
     """
     many, mean = receivers >= _MANY_GROUPS, edges / receivers
-    if sums and receivers > _FEW_ROUNDS:
+    if many and sums:
         return 1
 
     def time(parts: int) -> float:
