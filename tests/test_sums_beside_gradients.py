@@ -120,6 +120,23 @@ def test_ops_use_it(rng: np.random.Generator, device: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("wanted", ["xg", "yg", "wg", "xwg", "g", "xyw"])
+def test_some_gradients_alone(rng: np.random.Generator, device: str, wanted: str) -> None:
+    """What is asked for is what all gives, whichever kernels that takes."""
+    d, graph = mace_product(1, 64), some_graph(rng, 9, 10, 120)
+    case = Case(d, graph, torch.float32, device)
+    operands = [t.detach().requires_grad_() for t in (*case.operands, case.g)]
+    x, y, w, g = operands
+    with emulated_gpu() if device == "cpu" else nullcontext():
+        first = torch.autograd.grad(channelwise_tp_conv(d, x, y, w, case.graph), (x, y, w), g, create_graph=True)
+        every = dict(zip("xywg", torch.autograd.grad(first, operands, case.tangents, retain_graph=True), strict=True))
+        some = [operand for name, operand in zip("xywg", operands, strict=True) if name in wanted]
+        found = torch.autograd.grad(first, some, case.tangents)
+    for name, ours in zip(wanted, found, strict=True):
+        assert float((ours - every[name]).norm() / every[name].norm()) < 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_indices_out_of_range_poison_sums_too(device: str) -> None:
     d, graph = mace_product(0, 64), edge_graph(torch.tensor([0, 1]), torch.tensor([1, 0]), 2, 2)
     poisoned = graph._replace(poison=torch.full((1,), torch.nan))
