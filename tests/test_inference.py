@@ -14,6 +14,7 @@ from mace.modules.radial import PolynomialCutoff
 from mace_fast import zoo
 from mace_fast.errors import MissingToolError, UnsupportedModuleError, VerificationError
 from mace_fast.inference import CapturedMACE, FrozenMACE, freeze, verify_frozen
+from mace_fast.inference import frozen as frozen_module
 from mace_fast.inference.edges import SortedEdges
 from mace_fast.inference.frozen import atomic_forces, edge_vectors
 from mace_fast.inference.packed import Packed
@@ -284,3 +285,20 @@ def test_captured_program_follows_the_frozen_one(seed: int, name: str) -> None:
                 error = (got[key].double() - expected[key].double()).abs().max()
                 assert error <= 1e-11 * expected[key].abs().max(), key
             data["positions"] = data["positions"] + 0.01 * torch.randn_like(data["positions"])
+
+
+@pytest.mark.parametrize(("variant", "tables"), [("transform_Agnesi", 6), ("nonlinear_foundation", 9)])
+def test_pairs_of_species_share_tables(variant: str, tables: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where radial functions do not tell sender from receiver, three species have six; and nothing else changes."""
+    model = zoo.build(zoo.small_variants()[variant], dtype=torch.float32)
+    atoms = zoo.alloy((2, 1, 1), symbols=("H", "C", "O"), seed=3)
+    data = zoo.graph(atoms, model, dtype=torch.float32, device="cpu")
+    frozen = FrozenMACE(convert(model, verify=False))
+    out = frozen(zoo.copy_graph(data), compute_stress=True)
+    prepared = frozen.prepare((0, 1, 2))
+    assert all(len(layer.weights.rows) == tables * (layer.weights.intervals + 1) for layer in prepared.layers)
+    assert (prepared.table_of_pair is None) == (tables == 9)
+    monkeypatch.setattr(frozen_module, "shared_functions", lambda functions, cutoff: 2 * (list(range(9)),))
+    alone = FrozenMACE(convert(model, verify=False))(zoo.copy_graph(data), compute_stress=True)
+    for name in ("node_energy", "forces", "stress"):
+        assert torch.equal(out[name], alone[name]), name

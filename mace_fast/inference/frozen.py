@@ -20,7 +20,7 @@ from mace_fast.inference.energies import (
     node_inputs,
 )
 from mace_fast.inference.layers import EdgeInputs, FrozenLayer, freeze_layer
-from mace_fast.inference.radial import depends_on_species, radial_weights
+from mace_fast.inference.radial import depends_on_species, radial_weights, shared_functions
 from mace_fast.inference.repulsion import freeze_repulsion
 from mace_fast.inference.tables import SplineTable, tabulate
 from mace_fast.kernels.ops.geometry import edge_gradient
@@ -35,9 +35,13 @@ from mace_fast.patch.blocks.product import FastEquivariantProductBasis
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is computed once from the parameters: the layers, for a set of species where tables depend on them."""
+    """What is computed once from the parameters: the layers, for a set of species where tables depend on them.
+
+    ``table_of_pair``: [pairs of these species] int32, where pairs share tables.
+    """
 
     layers: tuple[FrozenLayer, ...]
+    table_of_pair: Tensor | None
     readouts: tuple[Readout, ...]
     repulsion: Repulsion | None
     present: tuple[int, ...]
@@ -217,6 +221,8 @@ class FrozenMACE(torch.nn.Module):
         everything: bool = False,
     ) -> tuple[dict[str, Tensor | None], Tensor | None]:
         """The same where lengths and harmonics, and what the nodes bring, are there already."""
+        if prepared.table_of_pair is not None and edges.pair is not None:
+            edges = edges._replace(pair=prepared.table_of_pair.index_select(0, edges.pair))
         # Each user of the edges has leaves of its own: their gradients are summed in the kernel that needs the sum.
         users: list[EdgeInputs] = []
 
@@ -269,7 +275,7 @@ class FrozenMACE(torch.nn.Module):
         prepared = self._prepared
         if prepared is None or prepared.fingerprint != fingerprint or prepared.present != present:
             with torch.no_grad():
-                tables = self._tables(present)
+                tables, table_of_pair = self._tables(present)
                 embedding = self._species_features()
                 layers = tuple(
                     freeze_layer(interaction, product, table, embedding if number == 0 else None)
@@ -280,7 +286,7 @@ class FrozenMACE(torch.nn.Module):
                 readouts, repulsion = freeze_readouts(self), freeze_repulsion(self)
             _compile(layers)
             self.table_error = max(table.error for table in tables)
-            prepared = Prepared(layers, readouts, repulsion, present, fingerprint)
+            prepared = Prepared(layers, table_of_pair, readouts, repulsion, present, fingerprint)
             self._prepared = prepared
         return prepared
 
@@ -297,15 +303,21 @@ class FrozenMACE(torch.nn.Module):
         written = tuple((b._version, b.data_ptr()) for b in buffers)
         return (sum(p._version for p in parameters), first.data_ptr(), first.dtype, first.device, written)
 
-    def _tables(self, present: tuple[int, ...]) -> list[SplineTable]:
+    def _tables(self, present: tuple[int, ...]) -> tuple[list[SplineTable], Tensor | None]:
+        """The splines of each layer, and which of them the pairs of species have if not each has its own."""
         exact = copy.deepcopy(self._converted[0]).to("cpu", torch.float64)
-        cutoff = float(self.r_max)
+        cutoff, parameter = float(self.r_max), next(self.parameters())
         pairs = [(i, j) for i in present for j in present] if present else [(0, 0)]
-        dtype = next(self.parameters()).dtype
-        return [
-            tabulate(f"interactions.{layer}", [radial_weights(exact, layer, i, j) for i, j in pairs], cutoff, dtype)
-            for layer in range(len(self.interactions))
+        layers = range(len(self.interactions))
+        functions = [[radial_weights(exact, layer, i, j) for layer in layers] for i, j in pairs]
+        firsts, places = shared_functions(functions, cutoff) if present else ([0], [0])
+        tables = [
+            tabulate(f"interactions.{layer}", [functions[pair][layer] for pair in firsts], cutoff, parameter.dtype)
+            for layer in layers
         ]
+        if len(firsts) == len(pairs):
+            return tables, None
+        return tables, torch.tensor(places, dtype=torch.int32, device=parameter.device)
 
     def _species_features(self) -> Tensor | None:
         """Features of each species before the first layer, or None where they depend on more than the species."""

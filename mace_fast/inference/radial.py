@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +21,37 @@ def depends_on_species(model: Any) -> bool:
     """Whether the radial functions differ between pairs of species."""
     transformed = "distance_transform" in model.radial_embedding._modules
     return transformed or any(isinstance(b, FastRealAgnosticResidualNonLinearInteraction) for b in model.interactions)
+
+
+_PROBES = 65
+"""Distances at which functions are compared: those of one network with equal inputs are equal to the last bit."""
+
+
+def shared_functions(functions: Sequence[Sequence[RadialFunction]], cutoff: float) -> tuple[list[int], list[int]]:
+    """Which pairs of species have the same radial functions in all layers, as (a, b) and (b, a) have where distances
+    are transformed by what the two have in common.
+
+    Args:
+        functions: of each pair, one for each layer.
+        cutoff: A.
+
+    Returns:
+        The pairs that are the first with their functions, and for each pair the place of its own among those.
+    """
+    distances = torch.linspace(0.3, cutoff, _PROBES + 1, dtype=torch.float64)[:-1]
+    firsts: list[int] = []
+    known: dict[bytes, int] = {}
+    places = []
+    for pair, of_layers in enumerate(functions):
+        values = hashlib.sha256()
+        with torch.no_grad():
+            for function in of_layers:
+                values.update(function(distances).contiguous().numpy().tobytes())
+        place = known.setdefault(values.digest(), len(firsts))
+        if place == len(firsts):
+            firsts.append(pair)
+        places.append(place)
+    return firsts, places
 
 
 def radial_weights(model: Any, layer: int, sender: int, receiver: int) -> RadialFunction:
