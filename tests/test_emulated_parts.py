@@ -183,5 +183,6 @@ def test_parts_fill_the_last_round_of_gradients() -> None:
         return sharing.share(layout, receivers, edges, **lists).parts
 
     assert parts(once) == 1 < parts(once + once // 10)
+    assert 2 * once > 768 and parts(2 * once) == 1 < parts(2 * once + once // 10)  # also where there are many
     assert parts(3 * once, 1 / 3) == parts(once)
     assert parts(once, 1 / 3) == parts(once // 3) > 1
