@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from test_clusters import some_graph
 
 from mace_fast.kernels import EdgeGraph, channelwise_tp, channelwise_tp_conv, edge_graph
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
-from mace_fast.kernels.ops import channelwise_run
+from mace_fast.kernels.ops import channelwise, channelwise_run
 from mace_fast.kernels.ops.channelwise_run import Call, gradient_rows, run_kernel
 from mace_fast.kernels.plan.channelwise import Schedule, plan, sums_beside_gradients
 from mace_fast.kernels.source.channelwise import BOTH, PASSES, Variant
@@ -148,3 +149,25 @@ def test_only_where_threads_have_the_registers() -> None:
     """Products of public models at l up to 2 have it, one of l = 6 has not."""
     assert all(sums_beside_gradients(mace_product(lmax, 128), 4) for lmax in (0, 1, 2))
     assert not sums_beside_gradients(mace_product(6, 128), 4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sums_are_written_where_no_gradient_is(
+    rng: np.random.Generator, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product without weights, of which the gradient with respect to its no weights is asked for."""
+    weighted, graph = mace_product(1, 64), some_graph(rng, 9, 10, 120)
+    d = replace(weighted, paths=tuple(replace(path, weighted=False) for path in weighted.paths))
+    assert d.weight_numel == 0 and sums_beside_gradients(d, 4)
+    case = Case(d, graph, torch.float32, device)
+    lists = case.graph.lists
+    room = torch.full((graph.num_receivers, d.z_dim), torch.nan, device=device)
+    monkeypatch.setattr(channelwise, "_sums", lambda *args: (room, d.z_dim))
+    with emulated_gpu() if device == "cpu" else nullcontext():
+        found, *_ = torch.ops.mace_fast.conv_both_jvp(
+            *case.operands, case.g, *case.tangents, *lists, d.key, False, False, True
+        )
+        found = found.clone()
+        expected = torch.ops.mace_fast.conv_jvp(*case.operands, *case.tangents, *lists, d.key)
+    assert not expected.isnan().any()
+    assert float((found - expected).norm() / expected.norm()) < 1e-6

@@ -194,24 +194,6 @@ def _backward(
     return dx, dy, dw
 
 
-def _both(
-    x: Tensor,
-    y: Tensor,
-    w: Tensor,
-    g: Tensor,
-    tangents: Tangents,
-    graph: Graph,
-    key: str,
-    wants: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tangents of sums and of gradients: by one kernel where there is one that fits, which is on a GPU."""
-    if not (y.shape[0] and makes_sums_beside_gradients(key, x)):
-        z = _forward(x, y, w, tangents, graph, key, dual=True)
-        return (z, *_backward(x, y, w, g, tangents, graph, key, wants, dual=True))
-    sums = _sums(x, y, graph, key)
-    return (sums[0], *_backward(x, y, w, g, tangents, graph, key, wants, dual=True, sums=sums))
-
-
 def _sum_at_senders(values: Tensor, graph: Graph, *, of_runs: bool) -> Tensor:
     """Of gradients of edges, or of runs of them."""
     if graph[0] is None:
@@ -271,8 +253,15 @@ def _conv_both_jvp(
     c: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # By one kernel where there is one that fits, which is on a GPU, and some gradient to write beside the sums.
     *graph, key, want_x, want_y, want_w = rest
-    return _both(x, y, w, g, (a, b, c), tuple(graph), key, (want_x, want_y, want_w))
+    call = (a, b, c), tuple(graph), key
+    wants = (want_x, want_y, want_w)
+    sums = None
+    if y.shape[0] and (want_x or want_y or (want_w and w.numel())) and makes_sums_beside_gradients(key, x):
+        sums = _sums(x, y, tuple(graph), key)
+    z = _forward(x, y, w, *call, dual=True) if sums is None else sums[0]
+    return (z, *_backward(x, y, w, g, *call, wants, dual=True, sums=sums))
 
 
 def _fake_z(x: Tensor, y: Tensor, row: Tensor | None, key: str) -> Tensor:
