@@ -54,6 +54,7 @@ class Candidates:
         self._graph = structures.batch if len(structures.cells) > 1 else None
         self._sorted: dict[int, SortedEdges] = {}
         self._on_device: tuple[Tensor, Tensor | None] | None = None
+        self._search(structures, search, cutoff + skin)
 
     @staticmethod
     def find(
@@ -92,6 +93,10 @@ class Candidates:
         self._cells = cells.copy()
         self.cells_set += 1
 
+    def _search(self, structures: Structures, search: NeighbourSearch, reach: float) -> None:
+        """Find the pairs within ``reach``, A; sets :attr:`count` and :attr:`where`."""
+        raise NotImplementedError
+
     def _sort(self, atoms: AtomsBySpecies) -> SortedEdges:
         raise NotImplementedError
 
@@ -102,17 +107,9 @@ class Candidates:
 class HostCandidates(Candidates):
     """Of few atoms: found and sorted on the host, in one call each, which take less time than a GPU's launches."""
 
-    def __init__(
-        self,
-        structures: Structures,
-        search: NeighbourSearch,
-        cutoff: float,
-        skin: float,
-        present: tuple[int, ...] | None,
-    ) -> None:
-        super().__init__(structures, search, cutoff, skin, present)
+    def _search(self, structures: Structures, search: NeighbourSearch, reach: float) -> None:
         self.where = torch.device("cpu")
-        self._pairs = search.pairs(structures, cutoff + skin)
+        self._pairs = search.pairs(structures, reach)
         self.count = 2 * len(self._pairs.atoms)
         self._images: Tensor | None = None
 
@@ -131,17 +128,9 @@ class HostCandidates(Candidates):
 class DeviceCandidates(Candidates):
     """Of many atoms: found and sorted on the device."""
 
-    def __init__(
-        self,
-        structures: Structures,
-        search: NeighbourSearch,
-        cutoff: float,
-        skin: float,
-        present: tuple[int, ...] | None,
-    ) -> None:
-        super().__init__(structures, search, cutoff, skin, present)
+    def _search(self, structures: Structures, search: NeighbourSearch, reach: float) -> None:
         self.where = search.device
-        self._index, self._images = search.batch(structures, cutoff + skin)
+        self._index, self._images = search.batch(structures, reach)
         self.count = self._index.shape[1]
         positions, cells = upload(search.device, structures.positions, structures.cells)
         sender, receiver = self._index

@@ -311,10 +311,9 @@ def plan(
     """
     if schedule is not None:
         return _plan(description, item_bytes, role, schedule)
-    for preference in _preferred(role, item_bytes):
-        layout = _attempt(description, item_bytes, role, preference.schedule)
-        if layout is not None and preference.suits(layout):
-            return layout
+    best = _best(description, item_bytes, role)
+    if best is not None:
+        return best
     plain = [_plan(description, item_bytes, role, Schedule(1, budget, False)) for budget in (80, 54, 40, 27, 16)]
     return next((p for p in plain if p.most_registers <= THREAD_REGISTERS), plain[-1])
 
@@ -323,9 +322,7 @@ def plan(
 def sums_beside_gradients(description: ChannelwiseTensorProduct, item_bytes: int) -> bool:
     """Whether one kernel makes both tangents that gradients of gradients need, those of sums at receivers and those of
     gradients: it reads operands and their tangents once, where threads have the registers for it."""
-    role = Role(dual=True, backward=True, sums=True)
-    layouts = ((each, _attempt(description, item_bytes, role, each.schedule)) for each in _preferred(role, item_bytes))
-    return any(layout is not None and each.suits(layout) for each, layout in layouts)
+    return _best(description, item_bytes, Role(dual=True, backward=True, sums=True)) is not None
 
 
 @lru_cache(maxsize=512)
@@ -499,6 +496,15 @@ def _preferred_clusters(role: Role, item_bytes: int) -> tuple[Preference, ...]:
     if role.dual:
         return (Preference(Schedule(4, 160, False, 0, CLUSTER), 150, segments=1), Preference(two, 230, segments=1))
     return (Preference(ahead, 205), Preference(two, 140, segments=1))
+
+
+def _best(description: ChannelwiseTensorProduct, item_bytes: int, role: Role) -> ChannelwisePlan | None:
+    """The plan of the first preference that suits; None where none does."""
+    for preference in _preferred(role, item_bytes):
+        layout = _attempt(description, item_bytes, role, preference.schedule)
+        if layout is not None and preference.suits(layout):
+            return layout
+    return None
 
 
 def _attempt(
