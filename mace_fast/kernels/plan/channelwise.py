@@ -467,7 +467,7 @@ def _preferred_double(role: Role) -> tuple[Preference, ...]:
 def _preferred_sums(item_bytes: int) -> tuple[Preference, ...]:
     """The same for tangents of gradients and of sums by one kernel; read off benchmarks/results/h200-tune-sums*.json.
 
-    Where one warp has all channels, rings lose: its copies wait for one another.
+    Where one warp has all channels, rings lost to loading ahead.
     """
     if item_bytes == 8:
         return (
