@@ -66,6 +66,34 @@ template <class V> struct Make<Dual<V>> {
     MF_INLINE static Dual<V> of(V v, V d) { return {v, d}; }
 };
 
+// The loops of a path over what a thread holds, written out here: there are thousands in a kernel, and unrolling those takes
+// the compiler as long as all else.
+template <int COUNT, class Z, class A, class B> MF_INLINE void multiply_each(Z* z, const A& a, const B* b) {
+    if constexpr (COUNT > 0) {
+        multiply(*z, a, *b);
+        multiply_each<COUNT - 1>(z + 1, a, b + 1);
+    }
+}
+template <int COUNT, class Z, class A, class B> MF_INLINE void multiply_add_each(Z* z, const A& a, const B* b) {
+    if constexpr (COUNT > 0) {
+        multiply_add(*z, a, *b);
+        multiply_add_each<COUNT - 1>(z + 1, a, b + 1);
+    }
+}
+template <int COUNT, class Z, class A, class B> MF_INLINE void multiply_add_sum(Z& sum, const A* a, const B* b) {
+    if constexpr (COUNT > 0) {
+        multiply_add(sum, *a, *b);
+        multiply_add_sum<COUNT - 1>(sum, a + 1, b + 1);
+    }
+}
+template <int COUNT, class T> MF_INLINE void copy_packs(T* to, const T* from) {
+    typedef typename Pack<T>::type P;
+    if constexpr (COUNT > 0) {
+        *reinterpret_cast<P*>(to) = *reinterpret_cast<const P*>(from);
+        copy_packs<COUNT - Pack<T>::size>(to + Pack<T>::size, from + Pack<T>::size);
+    }
+}
+
 template <class T> MF_INLINE T result_of(T v) { return v; }
 template <class T> MF_INLINE T result_of(Dual<T> v) { return v.d; }
 

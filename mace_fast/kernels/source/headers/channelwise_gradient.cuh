@@ -68,28 +68,23 @@ template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W, bool WANT_Z
             const C* g = gradient_of(path, room);
             M m[Path::PADDED];
             N t[Path::DX];
-            if (WANT_X || WANT_W || WANT_Z || SPLINE) read_forms<Path>(shared, slot, m);
-            if (WANT_X || WANT_W || SPLINE) Path::transpose(g, m, t);
             const N& w = operands.w[Path::INDEX];
-            if (WANT_X) {
-#pragma unroll
-                for (int i = 0; i < Path::DX; ++i) multiply_add(x.x[Path::X + i], w, t[i]);
+            if (WANT_X || WANT_W || WANT_Z || SPLINE) read_forms<Path>(shared, slot, m);
+            if constexpr (WANT_Y || WANT_Z) {
+                N wx[Path::DX];
+                multiply_each<Path::DX>(wx, w, operands.x + Path::X);
+                if constexpr (WANT_Y) Path::couple_gradient(wx, g, y.y);
+                if constexpr (WANT_Z) Path::forward(wx, m, z + Path::Z);
             }
+            if (WANT_X || WANT_W || SPLINE) Path::transpose(g, m, t);
+            if (WANT_X) multiply_add_each<Path::DX>(x.x + Path::X, w, t);
             if constexpr ((WANT_W || SPLINE) && Path::WEIGHTED) {
                 N sum;
                 multiply(sum, operands.x[Path::X], t[0]);
-#pragma unroll
-                for (int i = 1; i < Path::DX; ++i) multiply_add(sum, operands.x[Path::X + i], t[i]);
+                multiply_add_sum<Path::DX - 1>(sum, operands.x + Path::X + 1, t + 1);
                 if constexpr (SPLINE) add_across(y.radius, operands.slope[Path::INDEX], result_of(sum));
                 else if (S::EXACT || u < Path::MUL)
                     store(dw_row + Path::column(image) + index_t(u) * Path::W_STRIDE, result_of(sum));
-            }
-            if constexpr (WANT_Y || WANT_Z) {
-                N wx[Path::DX];
-#pragma unroll
-                for (int i = 0; i < Path::DX; ++i) multiply(wx[i], w, operands.x[Path::X + i]);
-                if constexpr (WANT_Y) Path::couple_gradient(wx, g, y.y);
-                if constexpr (WANT_Z) Path::forward(wx, m, z + Path::Z);
             }
         });
     }
