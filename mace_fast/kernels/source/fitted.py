@@ -1,14 +1,15 @@
 """The source of a convolution for one target: a plan that the target's compiler fits into registers.
 
 How many registers a kernel takes is known after compiling alone, and differs between targets by a tenth. So the report is
-read back: where the preferred plan spills, others are tried, nearest first. On sm_90 schedules were measured; there they
-stay as they are.
+read back: where the preferred plan spills, others are tried, nearest first. On sm_90 schedules were measured; there
+nothing is tried but to let fewer blocks share a multiprocessor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 
 from mace_fast.kernels.build import CudaSource, compile_cuda
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
@@ -19,6 +20,9 @@ _MEASURED = "sm_90"
 _NARROWER = (Schedule(2, 80, False), Schedule(2, 54, False), Schedule(1, 80, False), Schedule(1, 54, False))
 """Fewer channels a thread, then fewer outputs; nothing loaded ahead."""
 
+_OF_ONE_SCHEDULE = 2
+"""Candidates that come first and have the preferred schedule."""
+
 Fitted = tuple[CudaSource, ChannelwisePlan]
 
 
@@ -28,8 +32,7 @@ def fitted_source(
 ) -> Fitted:
     """The source to compile for ``arch`` (such as ``"sm_86"``), and its plan.
 
-    The preferred one if it does not spill there, or is for the measured target; else the first that does not, or the one
-    that spills the fewest bytes.
+    The preferred one if it does not spill there; else the first that does not, or the one that spills the fewest bytes.
 
     Args:
         of_clusters: bytes of shared memory that a block may have for going through clusters of receivers; 0 where the
@@ -41,10 +44,10 @@ def fitted_source(
         if arch == _MEASURED or _spilled(source, arch) == 0:
             return source, plan(description, item_bytes, variant.role, schedule)
     candidates = _candidates(description, item_bytes, variant)
-    preferred = next(candidates)
     if arch == _MEASURED:
-        return preferred
-    best, fewest = preferred, _spilled(preferred[0], arch)
+        candidates = islice(candidates, _OF_ONE_SCHEDULE)
+    best = next(candidates)
+    fewest = _spilled(best[0], arch)
     while fewest > 0 and (candidate := next(candidates, None)) is not None:
         spilled = _spilled(candidate[0], arch)
         if spilled < fewest:

@@ -86,13 +86,6 @@ template <int COUNT, class Z, class A, class B> MF_INLINE void multiply_add_sum(
         multiply_add_sum<COUNT - 1>(sum, a + 1, b + 1);
     }
 }
-template <int COUNT, class T> MF_INLINE void copy_packs(T* to, const T* from) {
-    typedef typename Pack<T>::type P;
-    if constexpr (COUNT > 0) {
-        *reinterpret_cast<P*>(to) = *reinterpret_cast<const P*>(from);
-        copy_packs<COUNT - Pack<T>::size>(to + Pack<T>::size, from + Pack<T>::size);
-    }
-}
 
 template <class T> MF_INLINE T result_of(T v) { return v; }
 template <class T> MF_INLINE T result_of(Dual<T> v) { return v.d; }

@@ -68,15 +68,14 @@ MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& i
             S::Paths::each([&](auto path) {
                 typedef decltype(path) Path;
                 M m[Path::PADDED];
+                N wx[Path::DX];
                 read_forms<Path>(shared, slot, m);
-                const N* x = operands.x + Path::X;
-                if constexpr (Path::WEIGHTED) {
-                    N wx[Path::DX];
-                    multiply_each<Path::DX>(wx, operands.w[Path::INDEX], x);
-                    Path::forward(wx, m, sum + Path::Z);
-                } else {
-                    Path::forward(x, m, sum + Path::Z);
+#pragma unroll
+                for (int i = 0; i < Path::DX; ++i) {
+                    if constexpr (Path::WEIGHTED) multiply(wx[i], operands.w[Path::INDEX], operands.x[Path::X + i]);
+                    else wx[i] = operands.x[Path::X + i];
                 }
+                Path::forward(wx, m, sum + Path::Z);
             });
         },
         [&](index_t n, int partial) { write_sums<S>(sum, sums.of(n, partial), u, image); },

@@ -68,15 +68,9 @@ template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W, bool WANT_Z
             const C* g = gradient_of(path, room);
             M m[Path::PADDED];
             N t[Path::DX];
-            const N& w = operands.w[Path::INDEX];
             if (WANT_X || WANT_W || WANT_Z || SPLINE) read_forms<Path>(shared, slot, m);
-            if constexpr (WANT_Y || WANT_Z) {
-                N wx[Path::DX];
-                multiply_each<Path::DX>(wx, w, operands.x + Path::X);
-                if constexpr (WANT_Y) Path::couple_gradient(wx, g, y.y);
-                if constexpr (WANT_Z) Path::forward(wx, m, z + Path::Z);
-            }
             if (WANT_X || WANT_W || SPLINE) Path::transpose(g, m, t);
+            const N& w = operands.w[Path::INDEX];
             if (WANT_X) multiply_add_each<Path::DX>(x.x + Path::X, w, t);
             if constexpr ((WANT_W || SPLINE) && Path::WEIGHTED) {
                 N sum;
@@ -85,6 +79,12 @@ template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W, bool WANT_Z
                 if constexpr (SPLINE) add_across(y.radius, operands.slope[Path::INDEX], result_of(sum));
                 else if (S::EXACT || u < Path::MUL)
                     store(dw_row + Path::column(image) + index_t(u) * Path::W_STRIDE, result_of(sum));
+            }
+            if constexpr (WANT_Y || WANT_Z) {
+                N wx[Path::DX];
+                multiply_each<Path::DX>(wx, w, operands.x + Path::X);
+                if constexpr (WANT_Y) Path::couple_gradient(wx, g, y.y);
+                if constexpr (WANT_Z) Path::forward(wx, m, z + Path::Z);
             }
         });
     }

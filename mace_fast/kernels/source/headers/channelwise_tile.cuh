@@ -51,6 +51,7 @@ MF_INLINE void couple_tile(const Shared<S, DUAL>& shared, const Graph& graph, co
                            const typename S::T* y_tangent, const Spline<typename S::T>& spline, index_t position,
                            int count) {
     typedef typename S::T T;
+    typedef typename Pack<T>::type P;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     group_barrier<S>();
     bool weighted = lane < count;
@@ -87,7 +88,9 @@ MF_INLINE void couple_tile(const Shared<S, DUAL>& shared, const Graph& graph, co
 #pragma unroll
                     for (int q = Path::FORMS; q < Path::PADDED; ++q) m[q] = T(0);
                     Path::couple(y, m);
-                    copy_packs<Path::PADDED>(target + Path::M, m);
+#pragma unroll
+                    for (int q = 0; q < Path::PADDED; q += Pack<T>::size)
+                        *reinterpret_cast<P*>(target + Path::M + q) = *reinterpret_cast<const P*>(m + q);
                 }
             });
         }
@@ -103,9 +106,16 @@ MF_INLINE void couple_tile(const Shared<S, DUAL>& shared, const Graph& graph, co
 template <class Path, class M, class S, bool DUAL>
 MF_INLINE void read_forms(const Shared<S, DUAL>& shared, int slot, M (&m)[Path::PADDED]) {
     typedef typename S::T T;
+    typedef typename Pack<T>::type P;
     T value[Path::PADDED], tangent[Path::PADDED];
-    copy_packs<Path::PADDED>(value, shared.forms + slot * S::STRIDE + Path::M);
-    if (DUAL) copy_packs<Path::PADDED>(tangent, shared.dforms + slot * S::STRIDE + Path::M);
+#pragma unroll
+    for (int q = 0; q < Path::PADDED; q += Pack<T>::size) {
+        *reinterpret_cast<P*>(value + q) =
+            *reinterpret_cast<const P*>(shared.forms + slot * S::STRIDE + Path::M + q);
+        if (DUAL)
+            *reinterpret_cast<P*>(tangent + q) =
+                *reinterpret_cast<const P*>(shared.dforms + slot * S::STRIDE + Path::M + q);
+    }
 #pragma unroll
     for (int q = 0; q < Path::PADDED; ++q) m[q] = Make<M>::of(value[q], DUAL ? tangent[q] : T(0));
 }
