@@ -15,6 +15,7 @@ from mace_fast.kernels import EdgeGraph, channelwise_tp_conv, edge_graph
 from mace_fast.kernels.ops import channelwise_run
 from mace_fast.kernels.ops.channelwise_run import Call, gradient_rows, run_kernel
 from mace_fast.kernels.ops.clusters import find_clusters
+from mace_fast.kernels.ops.segment import sum_on_gpu
 from mace_fast.kernels.ops.sender_sum import sum_at_senders
 from mace_fast.kernels.plan.channelwise import CLUSTER, CLUSTER_BYTES, CLUSTER_SHARES, Role, Schedule, clustered, plan
 from mace_fast.kernels.plan.sharing import cluster_window
@@ -138,6 +139,21 @@ def test_ops_use_what_a_graph_lists(rng: np.random.Generator, device: str, monke
     assert launched == ["channelwise_backward_xyw"]  # both tangents come from one kernel, by receivers
     for ours, theirs in zip(*found, strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_runs_of_a_hub_are_shared_out(rng: np.random.Generator, device: str) -> None:
+    """Rows that begin no run are not read, and one sender's many runs are added in chunks, as those of others."""
+    listed, rows, dim = 1200, 1500, 12
+    order = torch.from_numpy(rng.permutation(rows)).to(torch.int32)
+    ends = torch.tensor([0, 100, 100, 1050, 1200], dtype=torch.int32)  # one is longer than two chunks
+    values = torch.from_numpy(rng.normal(size=(rows, dim))).float()
+    values[order[listed:].long()] = torch.nan
+    expected = torch.stack([values[order[a:b].long()].double().sum(0) for a, b in pairwise(ends.tolist())])
+    values, order, ends = (t.to(device) for t in (values, order, ends))
+    with nullcontext() if values.is_cuda else emulated_gpu():
+        assert float((sum_on_gpu(values, order, ends, all_listed=False).cpu() - expected).abs().max()) < 1e-4
+        assert sum_on_gpu(values, order, ends).isnan().all()  # which lists all rows, or is wrong
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

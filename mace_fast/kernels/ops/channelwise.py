@@ -33,8 +33,7 @@ from mace_fast.kernels.ops.channelwise_run import (
 )
 from mace_fast.kernels.ops.graph import EdgeGraph
 from mace_fast.kernels.ops.mapping import map_one_by_one
-from mace_fast.kernels.ops.segment import Segments, segment_sum
-from mace_fast.kernels.ops.sender_sum import sum_at_senders
+from mace_fast.kernels.ops.segment import Segments, segment_sum, sum_on_gpu
 from mace_fast.kernels.plan.channelwise import ChannelwisePlan, Role, plan
 from mace_fast.kernels.source.channelwise import Variant
 
@@ -200,10 +199,7 @@ def _sum_at_senders(values: Tensor, graph: Graph, *, of_runs: bool) -> Tensor:
         return values
     clusters = clusters_of(graph)
     if of_runs and clusters is not None:
-        senders, edges = clusters.run_row.shape[0] - 1, values.shape[0]
-        dx = values.new_empty(senders, values.shape[1])
-        sum_at_senders(values, clusters.run_order, clusters.run_row, dx, 0, edges, edges / max(senders, 1))
-        return dx
+        return sum_on_gpu(values, clusters.run_order, clusters.run_row, all_listed=False)
     sender, order, row = graph[0], graph[4], graph[5]
     assert sender is not None and order is not None and row is not None
     return segment_sum(values, Segments(sender, order, row))

@@ -211,11 +211,18 @@ def _segment_sum_cuda(
     values: torch.Tensor, index: torch.Tensor, order: torch.Tensor | None, row_ptr: torch.Tensor
 ) -> torch.Tensor:
     _check_sum(values, index, order, row_ptr)
-    values, order, row_ptr = (
-        values.contiguous(),
-        None if order is None else order.contiguous(),
-        row_ptr.contiguous(),
-    )
+    order = None if order is None else order.contiguous()
+    return sum_on_gpu(values.contiguous(), order, row_ptr.contiguous())
+
+
+def sum_on_gpu(
+    values: torch.Tensor, order: torch.Tensor | None, row_ptr: torch.Tensor, *, all_listed: bool = True
+) -> torch.Tensor:
+    """A part of ops, not one itself. All tensors contiguous.
+
+    Args:
+        all_listed: otherwise ``order`` and ``row_ptr`` may list fewer rows than there are, those of use first.
+    """
     rows, dim = values.shape
     segments = row_ptr.shape[0] - 1
     out = values.new_empty(segments, dim)
@@ -226,15 +233,15 @@ def _segment_sum_cuda(
     log_columns, log_lanes = _shape(rows, segments, dim, width)
     column_blocks = -(-dim // (width << log_columns))
     block = (SUM_THREADS, 1, 1)
-    partial = None
+    flag, partial = Int32(int(all_listed)), None
     if rows > LONG_SEGMENT:  # only then can a segment be long
         chunks = -(-rows // CHUNK)
         partial = values.new_empty(chunks, 2, dim)
         all_lanes = (SUM_THREADS >> log_columns).bit_length() - 1
-        lists = (values, order, row_ptr, partial, segments, rows, dim, Int32(log_columns), Int32(all_lanes))
+        lists = (values, order, row_ptr, partial, segments, rows, dim, flag, Int32(log_columns), Int32(all_lanes))
         module.launch(f"segment_partial_{suffix}", (chunks, column_blocks, 1), block, 0, lists)
     groups = SUM_THREADS >> (log_columns + log_lanes)
-    args = (values, order, row_ptr, partial, out, segments, rows, dim, Int32(log_columns), Int32(log_lanes))
+    args = (values, order, row_ptr, partial, out, segments, rows, dim, flag, Int32(log_columns), Int32(log_lanes))
     module.launch(f"segment_sum_{suffix}", (-(-segments // groups), column_blocks, 1), block, 0, args)
     return out
 

@@ -41,13 +41,13 @@ def segment_cuda(values: str, ids: str) -> CudaSource:
             f"""
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) segment_partial_{suffix}(
     const T* values, const I* order, const I* row_ptr, T* partial, index_t segments, index_t rows, index_t
-    dim, int log_columns, int log_lanes) {{ mf::segment_partial<{width}>(values, order, row_ptr, partial,
-    segments, rows, dim, log_columns, log_lanes);
+    dim, int all, int log_columns, int log_lanes) {{ mf::segment_partial<{width}>(values, order, row_ptr, partial,
+    segments, rows, dim, all, log_columns, log_lanes);
 }}
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) segment_sum_{suffix}(
     const T* values, const I* order, const I* row_ptr, const T* partial, T* out, index_t segments, index_t
-    rows, index_t dim, int log_columns, int log_lanes) {{ mf::segment_sum<{width}>(values, order, row_ptr,
-    partial, out, segments, rows, dim, log_columns, log_lanes);
+    rows, index_t dim, int all, int log_columns, int log_lanes) {{ mf::segment_sum<{width}>(values, order, row_ptr,
+    partial, out, segments, rows, dim, all, log_columns, log_lanes);
 }}
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) segment_gather_{suffix}(
     const T* values, const I* index, T* out, index_t segments, index_t rows, index_t dim, int log_columns) {{

@@ -67,8 +67,9 @@ MF_INLINE index_t owner(const I* row_ptr, index_t segments, index_t position) {
     return low;
 }
 
-MF_INLINE bool covers(const I* row_ptr, index_t segments, index_t rows) {
-    return row_ptr[0] == 0 && row_ptr[segments] == rows;
+// Whether the lists are of rows that there are; with `all` of each.
+MF_INLINE bool covers(const I* row_ptr, index_t segments, index_t rows, bool all) {
+    return row_ptr[0] == 0 && (all ? row_ptr[segments] == rows : row_ptr[segments] <= rows);
 }
 
 // partial[chunk][0]: the chunk's share of the long segment that owns its first position; partial[chunk][1]:
@@ -77,11 +78,13 @@ MF_INLINE bool covers(const I* row_ptr, index_t segments, index_t rows) {
 template <int V>
 MF_INLINE void segment_partial(
     const T* values, const I* order, const I* row_ptr, T* partial, index_t segments, index_t rows, index_t dim,
-    int log_columns, int log_lanes) {
+    bool all, int log_columns, int log_lanes) {
     const Shape shape(log_columns, log_lanes);
     const index_t c = (index_t(blockIdx.y) * shape.columns + shape.column) * V;
-    const index_t start = blockIdx.x * CHUNK, stop = start + CHUNK < rows ? start + CHUNK : rows;
-    if (!covers(row_ptr, segments, rows)) return;
+    if (!covers(row_ptr, segments, rows, all)) return;
+    const index_t listed = row_ptr[segments], start = blockIdx.x * CHUNK;
+    if (start >= listed) return;
+    const index_t stop = start + CHUNK < listed ? start + CHUNK : listed;
     const index_t head = owner(row_ptr, segments, start), tail = owner(row_ptr, segments, stop - 1);
     const int slots = head == tail ? 1 : 2;
     for (int slot = 0; slot < slots; ++slot) {
@@ -102,13 +105,13 @@ MF_INLINE void segment_partial(
 template <int V>
 MF_INLINE void segment_sum(
     const T* values, const I* order, const I* row_ptr, const T* partial, T* out, index_t segments, index_t rows,
-    index_t dim, int log_columns, int log_lanes) {
+    index_t dim, bool all, int log_columns, int log_lanes) {
     const Shape shape(log_columns, log_lanes);
     const index_t n = index_t(blockIdx.x) * shape.groups + shape.group;
     const index_t c = (index_t(blockIdx.y) * shape.columns + shape.column) * V;
     const bool mine = n < segments && c < dim;
     Pack<V> total = filled<V>(T(0));
-    if (mine && !covers(row_ptr, segments, rows)) {
+    if (mine && !covers(row_ptr, segments, rows, all)) {
         total = filled<V>(not_a_number());
     } else if (mine) {
         const index_t begin = row_ptr[n], end = row_ptr[n + 1];
