@@ -483,7 +483,8 @@ def _preferred_sums(item_bytes: int) -> tuple[Preference, ...]:
 
 
 def _preferred_clusters(role: Role, item_bytes: int) -> tuple[Preference, ...]:
-    """The same for clusters of receivers; read off benchmarks/results/h100-tune-clusters.json."""
+    """The same for clusters of receivers; read off benchmarks/results/h100-tune-clusters.json and, for products of many
+    segments, h200-tune-clusters-nequip-l.json."""
     if not role.backward or role.spline or role.sums:
         return ()
     two = Schedule(2, 160, False, 0, CLUSTER)
@@ -494,8 +495,12 @@ def _preferred_clusters(role: Role, item_bytes: int) -> tuple[Preference, ...]:
     if item_bytes == 8:
         return (Preference(ahead, 230), Preference(two, 210))
     if role.dual:
-        return (Preference(Schedule(4, 160, False, 0, CLUSTER), 150, segments=1), Preference(two, 230, segments=1))
-    return (Preference(ahead, 205), Preference(two, 140, segments=1))
+        return (
+            Preference(Schedule(4, 160, False, 0, CLUSTER), 150, segments=1),
+            Preference(two, 230, segments=1),
+            Preference(Schedule(1, 80, False, 0, CLUSTER), 130),
+        )
+    return (Preference(ahead, 205), Preference(two, 140, segments=1), Preference(two, 120))
 
 
 def _best(description: ChannelwiseTensorProduct, item_bytes: int, role: Role) -> ChannelwisePlan | None:
