@@ -31,7 +31,8 @@ from mace_fast.kernels.build import compile_cuda
 from mace_fast.kernels.ops.channelwise_run import NO_SPLINE, Call, Spline, gradient_rows, run_kernel
 from mace_fast.kernels.ops.clusters import find_clusters
 from mace_fast.kernels.ops.sender_sum import sum_at_senders
-from mace_fast.kernels.plan.channelwise import Schedule, plan
+from mace_fast.kernels.plan.channelwise import plan
+from mace_fast.kernels.plan.layout import Schedule
 from mace_fast.kernels.source.channelwise import BOTH, Variant, cuda_source
 
 ORDER, INTERVALS = 6, 256

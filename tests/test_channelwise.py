@@ -12,7 +12,7 @@ from oracles import EPSILON, assert_close, channelwise_conv, mace_product, opera
 from mace_fast.errors import UnsupportedDescriptionError
 from mace_fast.kernels import ChannelwiseTensorProduct, Path, channelwise_tp, channelwise_tp_conv, edge_graph
 from mace_fast.kernels.ops import channelwise_run
-from mace_fast.kernels.plan.channelwise import Schedule
+from mace_fast.kernels.plan.layout import Schedule
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float64]

@@ -9,7 +9,8 @@ from oracles import both_parities_product, mace_product
 from mace_fast.kernels import describe_plan
 from mace_fast.kernels.build import compile_cuda
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct, Path
-from mace_fast.kernels.plan.channelwise import Role, Schedule, plan
+from mace_fast.kernels.plan.channelwise import plan
+from mace_fast.kernels.plan.layout import Role, Schedule
 from mace_fast.kernels.source import fitted
 from mace_fast.kernels.source.channelwise import BOTH, Variant, cuda_source
 from mace_fast.kernels.source.fitted import fitted_source

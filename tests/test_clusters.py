@@ -17,7 +17,8 @@ from mace_fast.kernels.ops.channelwise_run import Call, gradient_rows, run_kerne
 from mace_fast.kernels.ops.clusters import find_clusters
 from mace_fast.kernels.ops.segment import sum_on_gpu
 from mace_fast.kernels.ops.sender_sum import sum_at_senders
-from mace_fast.kernels.plan.channelwise import CLUSTER, CLUSTER_BYTES, CLUSTER_SHARES, Role, Schedule, clustered, plan
+from mace_fast.kernels.plan.channelwise import clustered, plan
+from mace_fast.kernels.plan.layout import CLUSTER, CLUSTER_BYTES, CLUSTER_SHARES, Role, Schedule
 from mace_fast.kernels.plan.sharing import cluster_window
 from mace_fast.kernels.source.channelwise import Variant
 

@@ -30,7 +30,8 @@ from mace_fast.kernels.ops import channelwise_run, linear_cuda
 from mace_fast.kernels.ops.blas import apply_linear
 from mace_fast.kernels.ops.graph import edge_graph
 from mace_fast.kernels.plan import sharing
-from mace_fast.kernels.plan.channelwise import Role, Schedule, plan
+from mace_fast.kernels.plan.channelwise import plan
+from mace_fast.kernels.plan.layout import Role, Schedule
 from mace_fast.kernels.source.linear import TILINGS, Tiling
 from mace_fast.patch.api import convert
 from mace_fast.zoo import alloy, checkpoint_path, graph

@@ -20,7 +20,8 @@ from mace_fast.kernels.ops import spline_conv as ops
 from mace_fast.kernels.ops.graph import EdgeGraph, edge_graph
 from mace_fast.kernels.ops.spline_conv import FrozenGraph, spline_conv
 from mace_fast.kernels.plan import sharing
-from mace_fast.kernels.plan.channelwise import Schedule, plan
+from mace_fast.kernels.plan.channelwise import plan
+from mace_fast.kernels.plan.layout import Schedule
 from mace_fast.kernels.source.channelwise import Variant
 
 DEGREES = (0, 1, 2, 5, 40, 0, 7, 71)

@@ -16,7 +16,8 @@ from mace_fast.kernels import EdgeGraph, channelwise_tp, channelwise_tp_conv, ed
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
 from mace_fast.kernels.ops import channelwise, channelwise_run
 from mace_fast.kernels.ops.channelwise_run import Call, gradient_rows, run_kernel
-from mace_fast.kernels.plan.channelwise import Schedule, plan, sums_beside_gradients
+from mace_fast.kernels.plan.channelwise import plan, sums_beside_gradients
+from mace_fast.kernels.plan.layout import Schedule
 from mace_fast.kernels.source.channelwise import BOTH, PASSES, Variant
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -34,7 +34,8 @@ from mace_fast.kernels.ops.channelwise_run import (
 from mace_fast.kernels.ops.graph import EdgeGraph
 from mace_fast.kernels.ops.mapping import map_one_by_one
 from mace_fast.kernels.ops.segment import Segments, segment_sum, sum_on_gpu
-from mace_fast.kernels.plan.channelwise import ChannelwisePlan, Role, plan
+from mace_fast.kernels.plan.channelwise import plan
+from mace_fast.kernels.plan.layout import ChannelwisePlan, Role
 from mace_fast.kernels.source.channelwise import Variant
 
 _LIBRARY = torch.library.Library("mace_fast", "FRAGMENT")

@@ -22,14 +22,8 @@ from mace_fast.kernels.build import (
 )
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
 from mace_fast.kernels.ops.clusters import Clusters
-from mace_fast.kernels.plan.channelwise import (
-    CLUSTER_BYTES,
-    ChannelwisePlan,
-    Schedule,
-    clustered,
-    plan,
-    sums_beside_gradients,
-)
+from mace_fast.kernels.plan.channelwise import clustered, plan, sums_beside_gradients
+from mace_fast.kernels.plan.layout import CLUSTER_BYTES, ChannelwisePlan, Schedule
 from mace_fast.kernels.plan.sharing import cluster_window, share
 from mace_fast.kernels.source.channelwise import OVERFLOW_THREADS, Variant, cpu_source, cuda_source, overflow_source
 from mace_fast.kernels.source.fitted import fitted_source

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mace_fast.kernels.plan.channelwise import CLUSTER_SHARES
+from mace_fast.kernels.plan.layout import CLUSTER_SHARES
 from mace_fast.kernels.plan.sharing import cluster_window
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mace_fast.kernels.ops.clusters import Clusters, find_clusters
-from mace_fast.kernels.plan.channelwise import CLUSTER
+from mace_fast.kernels.plan.layout import CLUSTER
 
 _INT32_MAX = 2**31 - 1
 

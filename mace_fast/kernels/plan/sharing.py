@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from mace_fast.kernels.plan.channelwise import ChannelwisePlan
+from mace_fast.kernels.plan.layout import ChannelwisePlan
 
 _TARGET_EDGES = 32
 """Edges that one group of warps should see at least: with fewer a receiver, it takes several receivers in a row."""

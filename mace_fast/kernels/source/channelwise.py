@@ -10,17 +10,9 @@ from functools import lru_cache
 
 from mace_fast.kernels.build import CpuSource, CudaSource
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
-from mace_fast.kernels.plan.channelwise import (
-    ChannelwisePlan,
-    PlannedPath,
-    Role,
-    Schedule,
-    SegmentPlan,
-    Slot,
-    plan,
-    sums_beside_gradients,
-)
+from mace_fast.kernels.plan.channelwise import plan, sums_beside_gradients
 from mace_fast.kernels.plan.coupling import of_path
+from mace_fast.kernels.plan.layout import ChannelwisePlan, PlannedPath, Role, Schedule, SegmentPlan, Slot
 from mace_fast.kernels.source.text import header, indent
 
 CPU_TILE = 16

@@ -13,7 +13,8 @@ from itertools import islice
 
 from mace_fast.kernels.build import CudaSource, compile_cuda
 from mace_fast.kernels.description.channelwise import ChannelwiseTensorProduct
-from mace_fast.kernels.plan.channelwise import THREAD_REGISTERS, ChannelwisePlan, Schedule, clustered, plan
+from mace_fast.kernels.plan.channelwise import clustered, plan
+from mace_fast.kernels.plan.layout import THREAD_REGISTERS, ChannelwisePlan, Schedule
 from mace_fast.kernels.source.channelwise import Variant, cuda_source
 
 _MEASURED = "sm_90"
