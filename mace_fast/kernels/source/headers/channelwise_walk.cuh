@@ -102,6 +102,7 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ran
         start(n);
         while (position < stop) {
             if (position == tile_end) {
+                if (tile_end > tile_begin) flush(int(tile_end - tile_begin));
                 tile_begin = position;
                 tile_end = position + S::TILE < end ? position + S::TILE : end;
                 if constexpr (S::RING > 0) {
@@ -112,7 +113,7 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ran
                         await_copies<0>();
                         __syncwarp();
                         ring.slot = 0;
-#pragma unroll 1
+#pragma unroll
                         for (int ahead = 0; ahead < S::RING - 1; ++ahead)
                             ring.fetch(in, tangent, ids.edge_of(ahead), ids.sender_of(ahead), ahead);
                         flowing = true;
@@ -156,15 +157,15 @@ MF_INLINE void walk(const Shared<S, DUAL>& shared, const Graph& graph, const Ran
                 edge(slot, current);
                 if (S::PREFETCH) current = next;
             }
-            // In one place, since every place where it is called has all of its code.
-            if (position == tile_end || (position == stop && stop < row_end)) flush(int(position - tile_begin));
         }
         finish(n, partial);
         if (position < row_end) {  // the rest is left to windows
-            position = tile_end = row_end;
+            if (position > tile_begin) flush(int(position - tile_begin));
+            position = tile_begin = tile_end = row_end;
             flowing = false;
         }
     }
+    if (position > tile_begin) flush(int(position - tile_begin));
 }
 
 }  // namespace mf
