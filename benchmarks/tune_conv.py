@@ -30,7 +30,7 @@ from mace_fast.kernels import ChannelwiseTensorProduct, edge_graph
 from mace_fast.kernels.build import compile_cuda
 from mace_fast.kernels.ops.channelwise_run import NO_SPLINE, Call, Spline, gradient_rows, run_kernel
 from mace_fast.kernels.ops.clusters import find_clusters
-from mace_fast.kernels.ops.sender_sum import sum_at_senders
+from mace_fast.kernels.ops.segment import sum_on_gpu
 from mace_fast.kernels.plan.channelwise import plan
 from mace_fast.kernels.plan.layout import Schedule
 from mace_fast.kernels.source.channelwise import BOTH, Variant, cuda_source
@@ -130,8 +130,7 @@ class Case:
             run_kernel(Call(key, variant, operands, graph.lists, outputs, tangents, spline, schedule))
             if at_senders and variant.want_x:
                 lists = graph[4:6] if graph.clusters is None else graph.clusters[2:]
-                rows, dx = dx, torch.empty_like(self.x)
-                sum_at_senders(rows, *lists, dx, 0, self.edges, self.edges / self.nodes)
+                dx = sum_on_gpu(dx, *lists, all_listed=graph.clusters is None)
             results = [dx, dy[0] if parts == 1 else dy.sum(0), dw, *sums[:1]]
         else:
             results = [self.x.new_empty(self.nodes, d.z_dim)]

@@ -16,7 +16,6 @@ from mace_fast.kernels.ops import channelwise_run
 from mace_fast.kernels.ops.channelwise_run import Call, gradient_rows, run_kernel
 from mace_fast.kernels.ops.clusters import find_clusters
 from mace_fast.kernels.ops.segment import sum_on_gpu
-from mace_fast.kernels.ops.sender_sum import sum_at_senders
 from mace_fast.kernels.plan.channelwise import clustered, plan
 from mace_fast.kernels.plan.layout import CLUSTER, CLUSTER_BYTES, CLUSTER_SHARES, Role, Schedule
 from mace_fast.kernels.plan.sharing import cluster_window
@@ -88,10 +87,8 @@ class Case:
             dy = x.new_full((parts, *y.shape), torch.nan)
             outputs = (self.g, self.d.z_dim, rows, dy, dw, 0, len(y))
             run_kernel(Call(key, variant, (x, y, w), graph.lists, outputs, self.tangents, schedule=schedule))
-        dx = torch.full_like(x, torch.nan)
-        if variant.want_x:
             lists = graph[4:6] if graph.clusters is None else graph.clusters[2:]
-            sum_at_senders(rows, *lists, dx, 0, len(y), len(y) / len(x))
+            dx = sum_on_gpu(rows, *lists, all_listed=graph.clusters is None) if variant.want_x else rows
         wants = (variant.want_x, variant.want_y, variant.want_w)
         return [value for value, want in zip((dx, dy.sum(0), dw), wants, strict=True) if want]
 
