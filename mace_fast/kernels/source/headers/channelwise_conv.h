@@ -8,7 +8,7 @@
 #include "number.h"
 #include "spline.h"
 
-#include <limits>
+#include <cstdint>
 #include <vector>
 
 namespace mf {
@@ -82,10 +82,36 @@ template <class S, bool DUAL> struct Tile {
     typedef typename VectorOf<T>::type V;
     typedef typename NumberOf<DUAL, V>::type N;
     static constexpr int WIDTH = VectorOf<T>::width;
+    // An odd number of lines of a cache: rows at the same column do not compete for one place.
+    static constexpr index_t ROW = ((S::NUMEL + WIDTH - 1) / WIDTH | 1) * WIDTH;
     alignas(64) T forms[DUAL ? 2 : 1][S::FORMS][S::TILE];
     index_t edge[S::TILE], sender[S::TILE], interval[S::TILE];
     T place[S::TILE];
+    std::vector<T> room;
+    T *weights, *slopes;  // with splines, of the tile's edges; slopes for each unit of length
     int count;
+
+    explicit Tile(bool with_slopes) {
+        if constexpr (S::ORDER > 0) {
+            room.resize(S::TILE * ROW * (with_slopes ? 2 : 1) + WIDTH);
+            weights = reinterpret_cast<T*>((reinterpret_cast<std::uintptr_t>(room.data()) + 63) / 64 * 64);
+            slopes = with_slopes ? weights + S::TILE * ROW : nullptr;
+        }
+    }
+
+    // Edge by edge, so that coefficients are read in the order in which they lie: memory is ahead of that.
+    void interpolate(const Spline<T>& spline) {
+        for (int t = 0; t < count; ++t) {
+            const T* row = spline.rows + interval[t] * S::ORDER * S::NUMEL;
+            each_vector<T>(S::NUMEL, [&](int u, auto lanes) {
+                V c[S::ORDER];
+                for (int q = 0; q < S::ORDER; ++q) c[q] = lanes.load(row + q * index_t(S::NUMEL) + u);
+                lanes.store(weights + t * ROW + u, spline_value<S::ORDER>(c, place[t]));
+                if (slopes)
+                    lanes.store(slopes + t * ROW + u, spline_slope<S::ORDER>(c, place[t]) * spline.per_length);
+            });
+        }
+    }
 
     // Takes edges from `position` up to `end`, as many as there is room for, and returns where it stopped. Those whose length
     // is where all splines are zero are not taken, but go to beyond(e).
@@ -124,36 +150,30 @@ template <class S, bool DUAL> struct Tile {
                 });
             }
         }
+        if constexpr (S::ORDER > 0) interpolate(spline);
         return position;
     }
+    // One number for all channels. Subtracting zero is nothing to a compiler; adding it is not, to a negative zero.
     template <class Path> MF_INLINE void read(int t, N (&m)[Path::FORMS]) const {
         for (int q = 0; q < Path::FORMS; ++q)
-            m[q] = Make<N>::of(V{} + forms[0][Path::M + q][t], V{} + forms[DUAL ? 1 : 0][Path::M + q][t]);
+            m[q] = Make<N>::of(forms[0][Path::M + q][t] - V{}, forms[DUAL ? 1 : 0][Path::M + q][t] - V{});
     }
 };
 
 template <class S, bool DUAL, class Body>
-MF_INLINE void each_receiver(const Graph& graph, int threads, Body&& body) {
+MF_INLINE void each_receiver(const Graph& graph, int threads, bool with_slopes, Body&& body) {
 #pragma omp parallel num_threads(threads)
     {
-        Tile<S, DUAL> tile;
+        Tile<S, DUAL> tile(with_slopes);
 #pragma omp for schedule(dynamic, 4)
         for (index_t n = 0; n < graph.receivers; ++n) body(n, tile);
     }
 }
 
-// The coefficients of one edge and path for a vector of channels.
-template <class S, class Path, class T, class TileT, class L>
-MF_INLINE void read_coefficients(const Spline<T>& spline, const TileT& tile, const L& lanes, int t, int u,
-                                 typename L::V (&c)[S::ORDER]) {
-    const T* row = spline.rows + tile.interval[t] * S::ORDER * S::NUMEL + Path::column(0) + index_t(u) * Path::W_STRIDE;
-    for (int q = 0; q < S::ORDER; ++q) c[q] = lanes.load(row + q * index_t(S::NUMEL), Path::W_STRIDE);
-}
-
 // x and w of one edge and path for a vector of channels.
 template <class S, class Path, bool DUAL, class T, class TileT, class L>
-MF_INLINE void load_operands(const Operands<T>& in, const Operands<T>& tangent, const Spline<T>& spline,
-                             const TileT& tile, const L& lanes, int t, int u,
+MF_INLINE void load_operands(const Operands<T>& in, const Operands<T>& tangent, const TileT& tile, const L& lanes,
+                             int t, int u,
                              typename NumberOf<DUAL, typename L::V>::type (&x)[Path::DX],
                              typename NumberOf<DUAL, typename L::V>::type& w) {
     typedef typename L::V V;
@@ -165,9 +185,8 @@ MF_INLINE void load_operands(const Operands<T>& in, const Operands<T>& tangent, 
     if constexpr (!Path::WEIGHTED) {
         w = Make<N>::of(V{} + T(1), V{});
     } else if constexpr (S::ORDER > 0) {
-        V c[S::ORDER];
-        read_coefficients<S, Path>(spline, tile, lanes, t, u, c);
-        w = Make<N>::of(spline_value<S::ORDER>(c, tile.place[t]), V{});
+        const index_t at = t * TileT::ROW + Path::column(0) + index_t(u) * Path::W_STRIDE;
+        w = Make<N>::of(lanes.load(tile.weights + at, Path::W_STRIDE), V{});
     } else {
         const index_t at = tile.edge[t] * in.w_row + Path::column(0) + index_t(u) * Path::W_STRIDE;
         w = Make<N>::of(lanes.load(in.w + at, Path::W_STRIDE),
@@ -181,7 +200,7 @@ void conv_forward(const Graph& graph, const Operands<typename S::T>& in, const O
     typedef typename S::T T;
     typedef typename VectorOf<T>::type V;
     typedef typename NumberOf<DUAL, V>::type N;
-    each_receiver<S, DUAL>(graph, threads, [&](index_t n, Tile<S, DUAL>& tile) {
+    each_receiver<S, DUAL>(graph, threads, false, [&](index_t n, Tile<S, DUAL>& tile) {
         T* row = z + n * z_row;
         for (index_t k = 0; k < z_row; ++k) row[k] = T(graph.poison);
         const index_t end = graph.begin(n + 1);
@@ -197,7 +216,7 @@ void conv_forward(const Graph& graph, const Operands<typename S::T>& in, const O
                     }
                     for (int t = 0; t < tile.count; ++t) {
                         N x[Path::DX], w, m[Path::FORMS];
-                        load_operands<S, Path, DUAL>(in, tangent, spline, tile, lanes, t, u, x, w);
+                        load_operands<S, Path, DUAL>(in, tangent, tile, lanes, t, u, x, w);
                         if (Path::WEIGHTED)
                             for (int i = 0; i < Path::DX; ++i) x[i] = w * x[i];
                         tile.template read<Path>(t, m);
@@ -221,7 +240,7 @@ void conv_backward(const Graph& graph, const Operands<typename S::T>& in, const 
     typedef typename S::T T;
     typedef typename VectorOf<T>::type V;
     typedef typename NumberOf<DUAL, V>::type N;
-    each_receiver<S, DUAL>(graph, threads, [&](index_t n, Tile<S, DUAL>& tile) {
+    each_receiver<S, DUAL>(graph, threads, true, [&](index_t n, Tile<S, DUAL>& tile) {
         const T* grad_row = g + n * g_row;
         const index_t begin = graph.begin(n) > first ? graph.begin(n) : first;
         const index_t end = graph.begin(n + 1) < last ? graph.begin(n + 1) : last;
@@ -250,7 +269,7 @@ void conv_backward(const Graph& graph, const Operands<typename S::T>& in, const 
                     for (int t = 0; t < tile.count; ++t) {
                         const index_t e = tile.edge[t];
                         N x[Path::DX], w, m[Path::FORMS], form_grad[Path::DX];
-                        load_operands<S, Path, DUAL>(in, tangent, spline, tile, lanes, t, u, x, w);
+                        load_operands<S, Path, DUAL>(in, tangent, tile, lanes, t, u, x, w);
                         if (WANT_X || WANT_W || SPLINE) {
                             tile.template read<Path>(t, m);
                             Path::transpose(grad, m, form_grad);
@@ -265,10 +284,9 @@ void conv_backward(const Graph& graph, const Operands<typename S::T>& in, const 
                             N sum = x[0] * form_grad[0];
                             for (int i = 1; i < Path::DX; ++i) sum += x[i] * form_grad[i];
                             if constexpr (SPLINE) {
-                                V c[S::ORDER];
-                                read_coefficients<S, Path>(spline, tile, lanes, t, u, c);
+                                const index_t at = t * Tile<S, DUAL>::ROW + Path::column(0) + index_t(u) * Path::W_STRIDE;
                                 y_sum[WANT_Y ? t : 0][S::NY] +=
-                                    result_of(sum) * (spline_slope<S::ORDER>(c, tile.place[t]) * spline.per_length);
+                                    result_of(sum) * lanes.load(tile.slopes + at, Path::W_STRIDE);
                             } else lanes.store(dw + e * S::NUMEL + Path::column(0) + index_t(u) * Path::W_STRIDE, result_of(sum),
                                         Path::W_STRIDE);
                         }
