@@ -66,8 +66,8 @@ template <class V> struct Make<Dual<V>> {
     MF_INLINE static Dual<V> of(V v, V d) { return {v, d}; }
 };
 
-// The loops of a path over what a thread holds, written out here: there are thousands in a kernel, and unrolling those takes
-// the compiler as long as all else.
+// The loops of a path over what a thread holds, written out here: gradients of large products have thousands, and unrolling
+// them took 10 to 20 % of the compiler's time.
 template <int COUNT, class Z, class A, class B> MF_INLINE void multiply_each(Z* z, const A& a, const B* b) {
     if constexpr (COUNT > 0) {
         multiply(*z, a, *b);

@@ -99,6 +99,11 @@ template <class S, bool DUAL> struct Tile {
         }
     }
 
+    // Where those of a path's channels from u on are.
+    template <class Path> MF_INLINE static index_t place_of(int t, int u) {
+        return t * ROW + Path::column(0) + index_t(u) * Path::W_STRIDE;
+    }
+
     // Edge by edge, so that coefficients are read in the order in which they lie: memory is ahead of that.
     void interpolate(const Spline<T>& spline) {
         for (int t = 0; t < count; ++t) {
@@ -185,8 +190,7 @@ MF_INLINE void load_operands(const Operands<T>& in, const Operands<T>& tangent, 
     if constexpr (!Path::WEIGHTED) {
         w = Make<N>::of(V{} + T(1), V{});
     } else if constexpr (S::ORDER > 0) {
-        const index_t at = t * TileT::ROW + Path::column(0) + index_t(u) * Path::W_STRIDE;
-        w = Make<N>::of(lanes.load(tile.weights + at, Path::W_STRIDE), V{});
+        w = Make<N>::of(lanes.load(tile.weights + TileT::template place_of<Path>(t, u), Path::W_STRIDE), V{});
     } else {
         const index_t at = tile.edge[t] * in.w_row + Path::column(0) + index_t(u) * Path::W_STRIDE;
         w = Make<N>::of(lanes.load(in.w + at, Path::W_STRIDE),
@@ -284,9 +288,8 @@ void conv_backward(const Graph& graph, const Operands<typename S::T>& in, const 
                             N sum = x[0] * form_grad[0];
                             for (int i = 1; i < Path::DX; ++i) sum += x[i] * form_grad[i];
                             if constexpr (SPLINE) {
-                                const index_t at = t * Tile<S, DUAL>::ROW + Path::column(0) + index_t(u) * Path::W_STRIDE;
-                                y_sum[WANT_Y ? t : 0][S::NY] +=
-                                    result_of(sum) * lanes.load(tile.slopes + at, Path::W_STRIDE);
+                                const T* slope = tile.slopes + tile.template place_of<Path>(t, u);
+                                y_sum[WANT_Y ? t : 0][S::NY] += result_of(sum) * lanes.load(slope, Path::W_STRIDE);
                             } else lanes.store(dw + e * S::NUMEL + Path::column(0) + index_t(u) * Path::W_STRIDE, result_of(sum),
                                         Path::W_STRIDE);
                         }
