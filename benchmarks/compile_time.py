@@ -10,8 +10,8 @@ other as a first call does; loading is reading machine code from the cache. ``cp
 machine changes less than the wall time.
 
 ``conv``: the four kernels of each convolution problem of benchmarks/problems.py (the product, its gradients, and both
-with tangents, for second derivatives), compiled side by side as ``mace_fast.kernels.prepare`` does it; with the
-registers and the bytes of spilled stores of each.
+with tangents, for second derivatives), compiled side by side as ``mace_fast.kernels.prepare`` does it, again where one
+spills and has another form; with the registers and the bytes of spilled stores of each.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ from benchmarks.timing import device_name
 from mace_fast import convert, zoo
 from mace_fast.files import published
 from mace_fast.inference import FrozenMACE
-from mace_fast.kernels.build import CpuSource, CudaSource, compile_cuda, side_by_side
+from mace_fast.kernels.build import CompiledCuda, CpuSource, CudaSource, compile_cuda, side_by_side
 from mace_fast.kernels.ops import channelwise_run, harmonics, linear, linear_cuda, segment, symmetric
-from mace_fast.kernels.source.channelwise import cuda_source, gpu_passes
+from mace_fast.kernels.source.channelwise import Variant, gpu_passes
+from mace_fast.kernels.source.fitted import fitted_source
 from mace_fast.kernels.source.segment import segment_lists_cuda
 
 _MODULES = (channelwise_run, harmonics, linear, linear_cuda, segment, symmetric)
@@ -150,12 +151,15 @@ def conv_row(problem: str, dtype: torch.dtype, arch: str) -> dict[str, Any]:
     """Times of NVRTC for one convolution, and what its kernels use."""
     description = PROBLEMS[problem].description()
     passes = gpu_passes(description, dtype.itemsize)
-    sources = [cuda_source(description, dtype.itemsize, variant) for variant in passes]
     wall, cpu = time.perf_counter(), _processor_time()
-    compiled = side_by_side([partial(compile_cuda, source, arch) for source in reversed(sources)])[::-1]
+
+    def compile_fitted(variant: Variant) -> CompiledCuda:
+        return compile_cuda(fitted_source(description, dtype.itemsize, variant, arch)[0], arch)
+
+    compiled = side_by_side([partial(compile_fitted, variant) for variant in reversed(passes)])[::-1]
     used = [max(c.resources.values(), key=lambda r: r.registers) for c in compiled]
     return {
-        "sources": len(sources),
+        "sources": len(passes),
         "wall_s": round(time.perf_counter() - wall, 3),
         "cpu_s": round(_processor_time() - cpu, 3),
         "registers": [r.registers for r in used],
