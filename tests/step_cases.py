@@ -130,11 +130,11 @@ def as_structures(structures: Sequence[Atoms], model: Any, features: dict[str, n
 
 
 def reference(
-    structures: Sequence[Atoms], model: torch.nn.Module, dtype: torch.dtype = torch.float64
+    structures: Sequence[Atoms], model: torch.nn.Module, dtype: torch.dtype = torch.float64, head: str | None = None
 ) -> dict[str, Any]:
     """mace-torch on mace-torch's own input, with torch's default dtype as its calculator sets it: the repulsion of
     nuclei multiplies charges in that."""
-    data = zoo.batch(list(structures), model, dtype=dtype)
+    data = zoo.batch(list(structures), model, dtype=dtype, head=head)
     with default_dtype(dtype):
         out = model(dict(data), compute_stress=True)
     return {

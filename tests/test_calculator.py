@@ -160,13 +160,20 @@ def test_every_head(variant: str) -> None:
     assert len(set(energies)) == len(model.heads), "each head has its own energy"
 
 
-@pytest.mark.parametrize("info", [{}, {"charge": 1, "spin": 3}, {"charge": -2, "spin": 2}])
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("variant", ["embeddings", "embedding_readout"])
-def test_charge_and_spin(variant: str, info: dict[str, int]) -> None:
-    model = build(variant)
-    atoms = structure("molecule with a cell")
-    atoms.info.update(info)
-    assert_same_results(all_results(ours(model), atoms), all_results(reference(model), atoms))
+def test_charge_and_spin(variant: str, frozen: bool) -> None:
+    model, energies = build(variant), []
+    found, expected = ours(model, frozen=frozen), reference(model)
+    assert (found.stepper is not None) == frozen
+    # One calculator for all: what it keeps of the charge before must not be taken for the next.
+    for info in ({}, {"charge": 1, "spin": 3}, {"charge": -1, "spin": 3}, {"charge": -2, "spin": 2}, {}):
+        atoms = structure("molecule with a cell")
+        atoms.info.update(info)
+        results = all_results(found, atoms)
+        assert_same_results(results, all_results(expected, atoms), FROZEN_TOLERANCE if frozen else TOLERANCE)
+        energies.append(results["energy"])
+    assert len(set(energies)) == 4, "charge and spin change the energy"
 
 
 def test_changed_charge_is_noticed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -286,16 +287,23 @@ def test_only_what_is_asked_for(
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_embedded_charge_and_head_change(static: bool, rng: np.random.Generator) -> None:
-    model = build("embeddings")
+@pytest.mark.parametrize("variant", ["embeddings", "embedding_readout"])
+def test_embedded_charge_and_head_change(variant: str, static: bool, rng: np.random.Generator) -> None:
+    """Nothing moves meanwhile: list and program are those of the step before."""
+    heads = ("first", "second")
+    model = zoo.build(replace(zoo.small_variants()[variant], heads=heads), seed=0, dtype=torch.float64)
     stepper, atoms = Stepper([frozen(model)], static=static), crystal(rng)
-    seen = []
-    for charge in (0.0, 1.0, -2.0, 0.0):
-        atoms.info.update(charge=int(charge), spin=1)
-        given = as_structures([atoms], model, {"total_charge": np.array([charge]), "total_spin": np.array([1.0])})
-        (found,) = stepper(given)
-        seen.append(float(found["energy"][0]))
-    assert seen[0] == seen[3] and len(set(seen)) == 3
+    seen = {}
+    for charge, spin, head in ((0, 1, 0), (1, 1, 0), (1, 1, 1), (-1, 1, 1), (-1, 3, 1), (-2, 3, 0), (0, 1, 0)):
+        atoms.info.update(charge=charge, spin=spin)
+        features = {"total_charge": np.array([float(charge)]), "total_spin": np.array([float(spin)])}
+        given = replace(as_structures([atoms], model, features), head=head)
+        (found,) = stepper(given, stress=True)
+        what = f"{charge=}, {spin=}, head {heads[head]}"
+        assert_agree(found, reference([atoms], model, head=heads[head]), TOLERANCE, what)
+        assert seen.setdefault(what, found["energy"][0]) == found["energy"][0]
+    assert len(set(seen.values())) == len(seen) == 6, "each has an energy of its own"
+    assert stepper.rebuilds == 1 and stepper.captures == int(static)
 
 
 @pytest.mark.parametrize("static", [False, True])
