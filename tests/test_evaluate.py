@@ -15,7 +15,7 @@ import mace_fast
 from mace_fast import MACEFastCalculator, evaluate, zoo
 from mace_fast.calculators.batches import pack
 from mace_fast.errors import StructureError
-from mace_fast.inference import Stepper
+from mace_fast.inference import FrozenMACE, Stepper
 
 ALL = ("energy", "forces", "stress")
 
@@ -130,6 +130,30 @@ def test_batches_are_full_and_of_like_sizes(rng: np.random.Generator) -> None:
     assert all(sum(sizes[n] for n in batch) <= 100 for batch in batches)
     assert len(batches) < 1.5 * sum(sizes) / 100 + 1
     assert pack([500, 3], 100) == [[1], [0]], "a large structure is a batch of its own"
+
+
+@pytest.mark.parametrize(("atoms_per_batch", "sizes"), [(None, [6]), (24, [3, 3]), (16, [2, 2, 2]), (8, [1] * 6)])
+def test_structures_are_evaluated_together(
+    atoms_per_batch: int | None, sizes: list[int], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One at a time the results are the same, and screening several times slower: evaluations are counted."""
+    by, structures = calculator(build()), [crystal(rng) for _ in range(6)]
+    called, evaluated = Stepper.__call__, FrozenMACE.evaluate
+    of_stepper: list[int] = []
+    of_program: list[int] = []
+
+    def step(self: Stepper, given: Any, **kwargs: Any) -> Any:
+        of_stepper.append(len(given.cells))
+        return called(self, given, **kwargs)
+
+    def evaluate_program(self: FrozenMACE, data: Any, *args: Any, **kwargs: Any) -> Any:
+        of_program.append(data["ptr"].shape[0] - 1)
+        return evaluated(self, data, *args, **kwargs)
+
+    monkeypatch.setattr(Stepper, "__call__", step)
+    monkeypatch.setattr(FrozenMACE, "evaluate", evaluate_program)
+    assert len(by.evaluate(structures, ALL, atoms_per_batch=atoms_per_batch)) == 6
+    assert of_stepper == of_program == sizes
 
 
 def test_halves_where_memory_does_not_suffice(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
