@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from oracles import tolerance
 from step_cases import WALKS, as_structures, assert_agree, build, crystal, frozen, moves, reference
 
 from mace_fast import zoo
@@ -47,11 +48,11 @@ def program(model: torch.nn.Module) -> FrozenMACE:
     return frozen(model)
 
 
-def follow(stepper: Stepper, walk: list[Atoms], model: torch.nn.Module, tolerance: float = TOLERANCE) -> None:
+def follow(stepper: Stepper, walk: list[Atoms], model: torch.nn.Module, limit: float = TOLERANCE) -> None:
     for number, atoms in enumerate(walk):
         (found,) = stepper(as_structures([atoms], model), forces=True, stress=True)
         assert set(found) == {"energy", "node_energy", "forces", "stress", "virials"}
-        assert_agree(found, reference([atoms], model), tolerance, f"step {number}, {atoms}")
+        assert_agree(found, reference([atoms], model), limit, f"step {number}, {atoms}")
 
 
 @pytest.mark.parametrize("settings", list(SETTINGS))
@@ -172,6 +173,31 @@ def test_a_list_that_outgrows_its_program_is_noticed_before_it_runs(
         small.load(stepper._list.sorted_for(stepper._atoms(len(atoms), stepper._list)), data, (1,))
     with pytest.raises(AssertionError, match="load"):
         small.run()
+
+
+def assert_same_but_for_the_order_of_sums(forces: np.ndarray, others: np.ndarray) -> None:
+    """Of float32 models, with lists that were made elsewhere: in static programs an atom's edges lie in the order of
+    their lengths at that place. In 100 crystals that moved this by 3e-7 of all forces together, and once by 1.2e-6:
+    some roundings of partial sums, each of the size of the largest term. The limit is 4e-6."""
+    difference = np.linalg.norm(forces - others) / np.linalg.norm(others)
+    assert difference <= tolerance(torch.float32, 4), f"{difference:.1e} of the forces"
+
+
+def test_lists_made_elsewhere_change_the_order_of_sums_alone(rng: np.random.Generator) -> None:
+    model, atoms = build(dtype=torch.float32), crystal(rng)
+    stepper, home = Stepper([frozen(model)], static=True), atoms.positions.copy()
+    given, seen = [home + rng.normal(0, 0.04, home.shape) for _ in range(5)], []
+    for first in range(5):
+        stepper.forget_lists()  # the next is made at given[first]
+        found = {}
+        for number in [*range(first, 5), *range(first)]:
+            atoms.positions = given[number]
+            found[number] = stepper(as_structures([atoms], model))[0]["forces"]
+        seen.append(found)
+    for number in range(5):
+        for found in seen:
+            assert_same_but_for_the_order_of_sums(found[number], seen[0][number])
+    assert any(not np.array_equal(found[0], seen[0][0]) for found in seen), "every order was the same"
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -471,8 +497,7 @@ def test_steps_on_a_gpu_repeat_bit_for_bit_and_take_no_memory(rng: np.random.Gen
         seen.append(stepper(as_structures([atoms], model), stress=number % 3 == 0)[0]["forces"])
         memory.append(torch.cuda.memory_reserved())
     for number in range(300):
-        # The list was made at another place: edges of an atom lie in another order.
-        np.testing.assert_allclose(seen[number], seen[number + 300], atol=1e-4 * np.abs(seen[number]).max())
+        assert_same_but_for_the_order_of_sums(seen[number + 300], seen[number])
     again = Stepper([frozen(model, "cuda")])
     for number in range(20):
         atoms.positions = given[number]
