@@ -190,6 +190,27 @@ def test_wrong_files(
     assert str(path) in str(caught.value)
 
 
+def test_file_saved_from_a_gpu_says_how_to_move_it(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled parts in a pickle go back to the device that they were on; torch's advice, map_location, is what was
+    given."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError(
+            "Attempting to deserialize object on a CUDA device but torch.cuda.is_available() is False. Please use "
+            "torch.load with map_location=torch.device('cpu') to map your storages to the CPU."
+        )
+
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelFileError, match=r"good\.model: was saved from a GPU.*--save_cpu") as caught:
+        load_model(model_file)
+    assert "torch.save(torch.load(path, weights_only=False).cpu(), path)" in str(caught.value)
+    assert "damaged" not in str(caught.value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ModelFileError, match="is not a MACE model, or is damaged"):
+        load_model(model_file)
+
+
 def test_truncated_anywhere(model_file: Path, rng: np.random.Generator) -> None:
     whole = model_file.read_bytes()
     # Where the archive of a compiled part ends, what is left of the file ends like a complete archive.
