@@ -48,15 +48,31 @@ def test_variables_of_the_documentation_are_those_that_are_read() -> None:
     assert read and _variables_in([ROOT / "README.md"]) == read
 
 
-def test_a_device_is_a_string_or_a_device(rng: np.random.Generator) -> None:
-    """And the kernels run for either."""
+@pytest.mark.parametrize(
+    "devices",
+    [
+        ("cpu", torch.device("cpu")),
+        pytest.param(("cuda", "cuda:0", torch.device("cuda"), torch.device("cuda", 0)), marks=pytest.mark.gpu),
+    ],
+    ids=["cpu", "cuda"],
+)
+def test_a_device_is_a_string_or_a_device(devices: tuple[str | torch.device, ...], rng: np.random.Generator) -> None:
+    """And the kernels of that device run for either: on a GPU in static programs, captured."""
     atoms = zoo.alloy((2, 1, 1), seed=int(rng.integers(2**31)))
     model = small_model(atomic_numbers=tuple(sorted(set(atoms.numbers.tolist()))))
     forces = []
-    for device in ("cpu", torch.device("cpu")):
-        atoms.calc = MACEFastCalculator(models=model, device=device, verify=False)
+    for device in devices:
+        kind = torch.device(device).type
+        calculator = atoms.calc = MACEFastCalculator(models=model, device=device, verify=False)
         forces.append(atoms.get_forces())
-    assert np.array_equal(*forces) and forces[0].any()
+        stepper = calculator.stepper
+        assert stepper is not None and calculator.device.type == stepper.device.type == kind
+        assert all(p.device.type == kind for each in stepper.models for p in each.parameters())
+        programs = list(stepper._programs.values())
+        assert [(each.device.type, each.captured) for each in programs] == [("cuda", True)] * (kind == "cuda")
+        assert (stepper._exact is not None) == (kind == "cpu")
+    assert forces[0].any()
+    assert all(np.array_equal(each, forces[0]) for each in forces[1:])
 
 
 class _Kept:
