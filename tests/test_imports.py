@@ -64,3 +64,32 @@ def test_public_names() -> None:
         assert callable(getattr(mace_fast, name)) and name in dir(mace_fast)
     with pytest.raises(AttributeError, match="no attribute 'acccelerate'"):
         mace_fast.acccelerate  # noqa: B018
+
+
+def test_nothing_optional_is_needed_on_a_cpu() -> None:
+    """Without any package for GPUs, and without those that other calculators and accelerators bring: every public name
+    is there, and a structure is evaluated."""
+    script = """
+import importlib, sys
+blocked = ("cuda", "nvidia", "cupy", "cuequivariance", "openequivariance", "torch_sim", "torchsim", "nvalchemi")
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0].startswith(blocked):
+            raise ModuleNotFoundError(name + " is blocked", name=name)
+sys.meta_path.insert(0, Block())
+names = 0
+packages = ("calculators", "inference", "kernels", "kernels.build", "md", "patch", "verification", "zoo", "cli")
+for package in ("mace_fast", *("mace_fast." + each for each in packages)):
+    module = importlib.import_module(package)
+    for name in getattr(module, "__all__", ()):
+        assert getattr(module, name) is not None
+        names += 1
+assert names > 50, names
+from mace_fast import MACEFastCalculator, zoo
+atoms = zoo.edge_case_structures([1, 6, 8], cutoff=4.5)["molecule with a cell"]
+model = zoo.build(zoo.small_variants()["base"])
+atoms.calc = MACEFastCalculator(models=model, verify=False)
+assert atoms.calc.stepper is not None
+print(bool(abs(atoms.get_forces()).max() > 1e-3))
+"""
+    assert in_a_fresh_interpreter(script) == "True\n"
