@@ -13,7 +13,7 @@ import pytest
 import torch
 from ase import Atoms
 from oracles import tolerance
-from step_cases import WALKS, as_structures, assert_agree, build, crystal, frozen, moves, reference
+from step_cases import ELEMENTS, WALKS, as_structures, assert_agree, build, crystal, frozen, moves, reference
 
 from mace_fast import zoo
 from mace_fast.errors import DeviceError, MissingToolError
@@ -503,6 +503,23 @@ def test_steps_on_a_gpu_repeat_bit_for_bit_and_take_no_memory(rng: np.random.Gen
         atoms.positions = given[number]
         assert np.array_equal(again(as_structures([atoms], model), stress=number % 3 == 0)[0]["forces"], seen[number])
     assert memory[-1] <= memory[600], "memory grows"
+
+
+@pytest.mark.gpu
+def test_a_thousand_atoms_take_little_memory(rng: np.random.Generator) -> None:
+    """A quarter of a GiB for a medium model, whose edges' weights alone would take several; mace-torch takes 10."""
+    model = zoo.build("mp0-medium", elements=ELEMENTS, dtype=torch.float32)
+    program, atoms = frozen(model, "cuda"), crystal(rng).repeat((5, 5, 5))
+    assert len(atoms) == 1000
+    # Some sixty neighbours within the cutoff, as in most materials.
+    atoms.set_cell(atoms.cell * (1000 / 0.0685 / atoms.get_volume()) ** (1 / 3), scale_atoms=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    (found,) = Stepper([program])(as_structures([atoms], model), stress=True)
+    torch.cuda.synchronize()
+    assert np.isfinite(found["forces"]).all()
+    assert torch.cuda.max_memory_allocated() - before < 0.6 * 2**30
 
 
 @pytest.mark.gpu
