@@ -5,7 +5,10 @@ that exist; and the traps that have no other place.
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +116,29 @@ def test_less_is_kept_for_the_backward_pass(variant: str, rng: np.random.Generat
     messages = 8 * edges * sum(block.conv_tp.irreps_out.dim for block in model.interactions)
     assert theirs > messages, (theirs, messages)
     assert ours < theirs / 3, (ours, theirs)
+
+
+_EVALUATE = """
+import logging, sys
+import ase.build
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+from mace_fast import MACEFastCalculator
+atoms = ase.build.bulk("Cu", cubic=True)
+atoms.rattle(0.05, seed=1)
+atoms.calc = MACEFastCalculator(sys.argv[1], device="cpu")
+atoms.get_forces()
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    """Neither for the program nor for its proof, whatever order Python gives to its sets."""
+    checkpoint = zoo.checkpoint_path()
+    environment = {**os.environ, "MACE_FAST_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    compiled = []
+    for hash_seed in ("1", "2"):
+        command = [sys.executable, "-W", "ignore", "-c", _EVALUATE, str(checkpoint)]
+        done = subprocess.run(
+            command, env={**environment, "PYTHONHASHSEED": hash_seed}, stdout=subprocess.PIPE, text=True, check=True
+        )
+        compiled.append([line for line in done.stdout.splitlines() if line.startswith("compiled ")])
+    assert compiled[0] and not compiled[1]
