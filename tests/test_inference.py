@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -172,6 +173,138 @@ def test_follows_its_parameters_dtype_and_copies(seed: int) -> None:
     frozen.to(torch.float32)
     single = zoo.graph(crystal(seed), model, dtype=torch.float32)
     assert frozen(dict(single))["energy"].dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def base() -> tuple[torch.nn.Module, bytes]:
+    """A model, and its frozen form pickled."""
+    model = zoo.build(zoo.small_variants()["base"], dtype=torch.float64)
+    return model, pickle.dumps(FrozenMACE(convert(model, verify=False)))
+
+
+def _in_place(frozen: FrozenMACE) -> None:
+    with torch.no_grad():
+        for parameter in frozen.parameters():
+            parameter.mul_(1.1)
+
+
+def _by_optimizer(frozen: FrozenMACE) -> None:
+    optimizer = torch.optim.SGD(frozen.converted.parameters(), lr=0.1)
+    for parameter in frozen.converted.parameters():
+        parameter.grad = parameter.detach().clone()
+    optimizer.step()
+
+
+def _replacement(weight: torch.nn.Parameter) -> torch.nn.Parameter:
+    """Another parameter of the same version."""
+    other = torch.nn.Parameter(1.3 * weight.detach())
+    with torch.no_grad():
+        while other._version < weight._version:
+            other.mul_(1.0)
+    return other
+
+
+def _one_replaced(frozen: FrozenMACE) -> None:
+    linear = frozen.interactions[1].linear
+    linear.weight = _replacement(linear.weight)
+
+
+def _another_replaced(frozen: FrozenMACE) -> None:
+    contraction = frozen.products[0].symmetric_contractions.contractions[0]
+    contraction.weights_max = _replacement(contraction.weights_max)
+
+
+def _by_state_dict(frozen: FrozenMACE) -> None:
+    frozen.load_state_dict(
+        {name: 1.1 * value for name, value in frozen.state_dict().items() if "weight" in name}, False
+    )
+
+
+def _by_assigned_state_dict(frozen: FrozenMACE) -> None:
+    names = [name for name, _ in frozen.named_parameters()]
+    frozen.load_state_dict({name: 1.1 * frozen.state_dict()[name] for name in names}, strict=False, assign=True)
+
+
+def _rounded_and_back(frozen: FrozenMACE) -> None:
+    """The memory of the first numbers is free for the last."""
+    frozen.to(torch.float32).to(torch.float64)
+
+
+def _other_data(frozen: FrozenMACE) -> None:
+    """Only one that is not the first."""
+    weight = frozen.readouts[0].linear.weight
+    weight.data = 1.1 * weight.data
+
+
+def _a_buffer(frozen: FrozenMACE) -> None:
+    frozen.scale_shift.scale = 1.1 * frozen.scale_shift.scale
+
+
+def _through_data(frozen: FrozenMACE) -> None:
+    """As torch_ema's average_parameters() does."""
+    for parameter in frozen.parameters():
+        parameter.data.copy_(1.1 * parameter.data)
+
+
+def _through_data_and_refreshed(frozen: FrozenMACE) -> None:
+    _through_data(frozen)
+    frozen.refresh()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        _in_place,
+        _by_optimizer,
+        _one_replaced,
+        _another_replaced,
+        _by_state_dict,
+        _by_assigned_state_dict,
+        _rounded_and_back,
+        _other_data,
+        _a_buffer,
+        _through_data_and_refreshed,
+    ],
+)
+def test_every_way_of_writing_a_parameter_is_followed(
+    write: Callable[[FrozenMACE], None], base: tuple[torch.nn.Module, bytes], seed: int
+) -> None:
+    model, saved = base
+    frozen: FrozenMACE = pickle.loads(saved)
+    static = CapturedMACE(frozen, capture=False)
+    data = zoo.graph(crystal(seed), model)
+    before = frozen(data)["forces"]
+    static(data)
+    write(frozen)
+    found = frozen(data), static(data)
+    expected = frozen.converted(dict(data))
+    assert relative(expected["forces"], before) > 1e-9
+    for after in found:
+        for key in ("energy", "forces"):
+            assert relative(after[key], expected[key]) < 1e-11, key
+
+
+def test_what_is_not_noticed_changes_nothing(base: tuple[torch.nn.Module, bytes], seed: int) -> None:
+    """Parameters of two times would give numbers of no model: here those of other atoms, whose inputs are made anew."""
+    model, saved = base
+    frozen: FrozenMACE = pickle.loads(saved)
+    static = CapturedMACE(frozen, capture=False)
+    first, second = (zoo.graph(crystal(seed, mixed=True) * size, model) for size in ((1, 1, 1), (2, 1, 1)))
+    frozen(first), static(first)
+    expected = frozen.converted(dict(second))
+    _through_data(frozen)
+    for got in (frozen(second), static(second)):
+        for key in ("energy", "forces"):
+            assert relative(got[key], expected[key]) < 1e-11, key
+
+
+def test_tables_made_in_inference_mode_serve_outside(base: tuple[torch.nn.Module, bytes], seed: int) -> None:
+    model, saved = base
+    frozen: FrozenMACE = pickle.loads(saved)
+    data = zoo.graph(crystal(seed), model)
+    with torch.inference_mode():
+        frozen.prepare(())
+    assert relative(frozen(data)["forces"], frozen.converted(dict(data))["forces"]) < 1e-11
 
 
 def test_refusals(seed: int) -> None:

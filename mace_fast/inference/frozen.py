@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mace_fast.copying import copy_module
 from mace_fast.errors import UnsupportedModuleError
 from mace_fast.inference.edges import Memo, SortedEdges, group_atoms, sort_edges
 from mace_fast.inference.energies import (
@@ -37,15 +38,55 @@ from mace_fast.patch.blocks.product import FastEquivariantProductBasis
 class Prepared:
     """What is computed once from the parameters: the layers, for a set of species where tables depend on them.
 
-    ``table_of_pair``: [pairs of these species] int32, where pairs share tables.
+    Attributes:
+        model: a copy of the converted model as it was then. All else was made from it, and modules that are still
+            called are this copy's: an evaluation never sees parameters of two times.
+        table_of_pair: [pairs of these species] int32, where pairs share tables.
+        made_from: the tensors of the model that was copied.
     """
 
+    model: Any
     layers: tuple[FrozenLayer, ...]
     table_of_pair: Tensor | None
     readouts: tuple[Readout, ...]
     repulsion: Repulsion | None
     present: tuple[int, ...]
-    fingerprint: tuple[object, ...]
+    made_from: Watched
+
+
+class Watched:
+    """The parameters of a model, and the buffers outside of its layers, watched for writing.
+
+    A tensor counts as written when its version has changed, as an operation in place, an optimiser and
+    ``load_state_dict`` change it; when it lies elsewhere, as after ``.to()``; and when another object is in its place.
+    A write to memory through ``.data`` changes none of these. To find it, values would have to be read, for which the
+    host would wait for a GPU at each evaluation.
+
+    Args:
+        model: its modules are those of now; one that is exchanged later is not watched.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        # A module without any gets none later; TorchScript takes long to say each time that there are none.
+        groups: list[dict[str, Any]] = [module._parameters for module in model.modules() if len(module._parameters)]
+        groups += [
+            module._buffers
+            for name, module in model.named_modules()
+            if name.partition(".")[0] not in ("interactions", "products")
+            and not isinstance(module, torch.jit.ScriptModule)
+            and module._buffers
+        ]
+        self._groups = groups
+        self._key = self._now()
+        # Both are held, so that no other object and no other memory can take the place that the key names.
+        self._held = [(t, t.detach()) for group in groups for t in group.values() if t is not None]
+
+    def unchanged(self) -> bool:
+        """Whether no tensor was written, moved or replaced since. Asked at every evaluation: 10 to 30 us."""
+        return self._key == self._now()
+
+    def _now(self) -> list[tuple[int, int, int]]:
+        return [(id(t), t._version, t.data_ptr()) for group in self._groups for t in group.values() if t is not None]
 
 
 class Geometry(NamedTuple):
@@ -60,8 +101,17 @@ class FrozenMACE(torch.nn.Module):
     """A converted MACE or ScaleShiftMACE, frozen.
 
     It shares all state with the converted model that it is made from: same parameters and state dict, same attributes.
-    Tables and prepared weights are made at the first evaluation, and again when a parameter, the device, the dtype or
-    the set of species has changed.
+    Tables and prepared weights are made at the first evaluation, from a copy of the model, and again at the first
+    evaluation after one of these changes:
+
+    - the set of species, where tables depend on it;
+    - a parameter, or a buffer outside of the layers (atomic energies, scale, shift ...), that is written in place, by
+      an optimiser or by ``load_state_dict``, moved or cast by ``to``, or replaced by another tensor.
+
+    Other changes are not noticed, and results stay those of the model as it was, in every part: values written through
+    ``.data`` (as ``torch_ema`` does) or through another view of the same memory that autograd knows nothing of, plain
+    attributes such as ``avg_num_neighbors``, an exchanged submodule. Call :meth:`refresh` after such a change.
+    Captured graphs, steppers and calculators that run this object follow it.
 
     Raises:
         UnsupportedModuleError: a block whose weights are no functions of the distance, or not a MACE energy model.
@@ -90,12 +140,6 @@ class FrozenMACE(torch.nn.Module):
         self._memo: Memo[SortedEdges] = Memo()
         self._prepared: Prepared | None = None
         self._nodes: Memo[tuple[Prepared, NodeInputs]] = Memo()
-        self._parameter_dicts: list[dict[str, Any]] = [
-            module._parameters
-            for module in self.modules()
-            # A module without any gets none later; TorchScript takes long to say each time that there are none.
-            if len(module._parameters)
-        ]
         self.table_error: float | None = None
 
     def __reduce__(self) -> tuple[type[FrozenMACE], tuple[torch.nn.Module]]:
@@ -108,6 +152,17 @@ class FrozenMACE(torch.nn.Module):
     def converted(self) -> torch.nn.Module:
         """The converted model, which can be trained."""
         return self._converted[0]
+
+    def refresh(self) -> None:
+        """Take over the model as it is now: everything prepared is dropped, and made again at the next evaluation.
+
+        Needed after changes that are not noticed; the class says which.
+
+        Raises:
+            UnsupportedModuleError: the model was changed into one that has no frozen form.
+        """
+        _require_frozen_form(self._converted[0])
+        self._prepared = None
 
     def forward(
         self,
@@ -234,12 +289,12 @@ class FrozenMACE(torch.nn.Module):
         with torch.set_grad_enabled(want_forces):
             pair = None
             if "pair_repulsion_fn" in self._modules:
-                pair = self._pair_energy(prepared.repulsion, data, of_edges())
+                pair = _pair_energy(prepared, data, of_edges())
             x, features = nodes.features, []
             for number, layer in enumerate(prepared.layers):
                 x = layer(x, of_edges(), nodes.skip if number == 0 else None)
                 features.append(x)
-            found = energies(self, prepared.readouts, nodes, features, pair, want_gradient=want_forces)
+            found = energies(prepared.model, prepared.readouts, nodes, features, pair, want_gradient=want_forces)
         out: dict[str, Tensor | None] = {"energy": found.total, "node_energy": found.of_nodes}
         if everything:
             dtype = geometry.radius.dtype
@@ -249,7 +304,7 @@ class FrozenMACE(torch.nn.Module):
                 out["interaction_energy"] = found.interaction.to(dtype)
             else:
                 out["node_energy"] = found.of_nodes.to(dtype)
-                parts = contributions(self, prepared.readouts, nodes, features, pair, data["batch"])
+                parts = contributions(prepared.model, prepared.readouts, nodes, features, pair, data["batch"])
                 out["contributions"] = parts.to(dtype)
         if not want_forces:
             return out, None
@@ -267,80 +322,73 @@ class FrozenMACE(torch.nn.Module):
 
     def node_inputs(self, data: dict[str, Tensor], edges: SortedEdges, prepared: Prepared) -> NodeInputs:
         """What the nodes of a list bring to every evaluation; made from MACE's input without positions."""
-        return node_inputs(self, prepared.layers, prepared.readouts, data, edges)
+        return node_inputs(prepared.model, prepared.layers, prepared.readouts, data, edges)
 
     def prepare(self, present: tuple[int, ...]) -> Prepared:
         """Tables and prepared weights for these species."""
-        fingerprint = self._fingerprint()
         prepared = self._prepared
-        if prepared is None or prepared.fingerprint != fingerprint or prepared.present != present:
-            with torch.no_grad():
-                tables, table_of_pair = self._tables(present)
-                embedding = self._species_features()
+        if prepared is None or prepared.present != present or not prepared.made_from.unchanged():
+            # They outlast the call, so they must not be tensors of an inference mode that it was made in.
+            _require_frozen_form(self._converted[0])
+            with torch.inference_mode(False), torch.no_grad():
+                made_from = Watched(self._converted[0])
+                model: Any = copy_module(self._converted[0]).requires_grad_(False)
+                tables, table_of_pair = _tables(model, present)
+                embedding = _species_features(model)
                 layers = tuple(
                     freeze_layer(interaction, product, table, embedding if number == 0 else None)
                     for number, (interaction, product, table) in enumerate(
-                        zip(self.interactions, self.products, tables, strict=True)
+                        zip(model.interactions, model.products, tables, strict=True)
                     )
                 )
-                readouts, repulsion = freeze_readouts(self), freeze_repulsion(self)
+                readouts, repulsion = freeze_readouts(model), freeze_repulsion(model)
             _compile(layers)
             self.table_error = max(table.error for table in tables)
-            prepared = Prepared(layers, table_of_pair, readouts, repulsion, present, fingerprint)
+            prepared = Prepared(model, layers, table_of_pair, readouts, repulsion, present, made_from)
             self._prepared = prepared
         return prepared
-
-    def _fingerprint(self) -> tuple[object, ...]:
-        """Changes when a parameter is written, moved, converted or replaced. Asked for at every evaluation.
-
-        So it does for the buffers that energies are made of, which are not parameters.
-        """
-        parameters = [p for group in self._parameter_dicts for p in group.values() if p is not None]
-        first = parameters[0]
-        buffers = [self.atomic_energies_fn.atomic_energies]
-        if "scale_shift" in self._modules:
-            buffers += [self.scale_shift.scale, self.scale_shift.shift]
-        written = tuple((b._version, b.data_ptr()) for b in buffers)
-        return (sum(p._version for p in parameters), first.data_ptr(), first.dtype, first.device, written)
-
-    def _tables(self, present: tuple[int, ...]) -> tuple[list[SplineTable], Tensor | None]:
-        """The splines of each layer, and which of them the pairs of species have if not each has its own."""
-        exact = copy.deepcopy(self._converted[0]).to("cpu", torch.float64)
-        cutoff, parameter = float(self.r_max), next(self.parameters())
-        pairs = [(i, j) for i in present for j in present] if present else [(0, 0)]
-        layers = range(len(self.interactions))
-        functions = [[radial_weights(exact, layer, i, j) for layer in layers] for i, j in pairs]
-        firsts, places = shared_functions(functions, cutoff) if present else ([0], [0])
-        tables = [
-            tabulate(f"interactions.{layer}", [functions[pair][layer] for pair in firsts], cutoff, parameter.dtype)
-            for layer in layers
-        ]
-        if len(firsts) == len(pairs):
-            return tables, None
-        return tables, torch.tensor(places, dtype=torch.int32, device=parameter.device)
-
-    def _species_features(self) -> Tensor | None:
-        """Features of each species before the first layer, or None where they depend on more than the species."""
-        if "joint_embedding" in self._modules:
-            return None
-        parameter = next(self.parameters())
-        one_hot = torch.eye(len(self.atomic_numbers), dtype=parameter.dtype, device=parameter.device)
-        features: Tensor = self.node_embedding(one_hot)
-        return features
 
     @property
     def lmax(self) -> int:
         """Of the spherical harmonics."""
         return int(self.spherical_harmonics.irreps_out.lmax)
 
-    def _pair_energy(self, form: Repulsion | None, data: dict[str, Tensor], inputs: EdgeInputs) -> Tensor:
-        """Repulsion of the nuclei [N]; by the model's own module where there is no kernel for its form."""
-        edges = inputs.edges
-        if form is not None:
-            return nuclear_repulsion(form, inputs.radius, edges.species, edges.sender, edges.row)
-        index = torch.stack([edges.sender, edges.receiver]).long()
-        energy: Tensor = self.pair_repulsion_fn(inputs.radius[:, None], data["node_attrs"], index, self.atomic_numbers)
-        return energy
+
+def _tables(model: Any, present: tuple[int, ...]) -> tuple[list[SplineTable], Tensor | None]:
+    """The splines of each layer, and which of them the pairs of species have if not each has its own."""
+    exact = copy_module(model).to("cpu", torch.float64)
+    cutoff, parameter = float(model.r_max), next(model.parameters())
+    pairs = [(i, j) for i in present for j in present] if present else [(0, 0)]
+    layers = range(len(model.interactions))
+    functions = [[radial_weights(exact, layer, i, j) for layer in layers] for i, j in pairs]
+    firsts, places = shared_functions(functions, cutoff) if present else ([0], [0])
+    tables = [
+        tabulate(f"interactions.{layer}", [functions[pair][layer] for pair in firsts], cutoff, parameter.dtype)
+        for layer in layers
+    ]
+    if len(firsts) == len(pairs):
+        return tables, None
+    return tables, torch.tensor(places, dtype=torch.int32, device=parameter.device)
+
+
+def _species_features(model: Any) -> Tensor | None:
+    """Features of each species before the first layer, or None where they depend on more than the species."""
+    if "joint_embedding" in model._modules:
+        return None
+    parameter = next(model.parameters())
+    one_hot = torch.eye(len(model.atomic_numbers), dtype=parameter.dtype, device=parameter.device)
+    features: Tensor = model.node_embedding(one_hot)
+    return features
+
+
+def _pair_energy(prepared: Prepared, data: dict[str, Tensor], inputs: EdgeInputs) -> Tensor:
+    """Repulsion of the nuclei [N]; by the model's own module where there is no kernel for its form."""
+    edges, form, model = inputs.edges, prepared.repulsion, prepared.model
+    if form is not None:
+        return nuclear_repulsion(form, inputs.radius, edges.species, edges.sender, edges.row)
+    index = torch.stack([edges.sender, edges.receiver]).long()
+    energy: Tensor = model.pair_repulsion_fn(inputs.radius[:, None], data["node_attrs"], index, model.atomic_numbers)
+    return energy
 
 
 def _edge_derivatives(
