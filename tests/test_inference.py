@@ -6,10 +6,12 @@ import copy
 import pickle
 from collections.abc import Callable
 
+import mace.modules
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from e3nn import o3
 from mace.modules.radial import PolynomialCutoff
 
 from mace_fast import zoo
@@ -323,6 +325,82 @@ def test_refusals(seed: int) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(MissingToolError, match="CUDA device"):
             CapturedMACE(frozen)
+
+
+class ScaleShiftBlock(mace.modules.blocks.ScaleShiftBlock):
+    """The same name, and another result."""
+
+    def forward(self, x: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x, head)
+
+
+class RadialEmbeddingBlock(mace.modules.blocks.RadialEmbeddingBlock):
+    """Could depend on anything."""
+
+
+class ScaleShiftMACE(mace.modules.ScaleShiftMACE):
+    """The same name, and another result."""
+
+
+def _other_class(name: str, cls: type) -> Callable[[torch.nn.Module], None]:
+    return lambda model: setattr(model.get_submodule(name), "__class__", cls)
+
+
+def _other_harmonics(**changes: object) -> Callable[[torch.nn.Module], None]:
+    arguments = {"normalize": True, "normalization": "component", **changes}
+    return lambda model: setattr(model, "spherical_harmonics", o3.SphericalHarmonics([0, 1, 2], **arguments))
+
+
+def _listener(name: str, register: str) -> Callable[[torch.nn.Module], None]:
+    return lambda model: getattr(model.get_submodule(name), register)(lambda *args: None)
+
+
+def _own_forward(model: torch.nn.Module) -> None:
+    model.radial_embedding.forward = model.radial_embedding.forward
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_other_class("scale_shift", ScaleShiftBlock), r"scale_shift is a .*test_inference\.ScaleShiftBlock"),
+        (_other_class("radial_embedding", RadialEmbeddingBlock), "radial_embedding is a"),
+        (_other_class("", ScaleShiftMACE), r"test_inference\.ScaleShiftMACE has no frozen form"),
+        (_other_harmonics(normalization="norm"), "normalization='norm'"),
+        (_other_harmonics(normalize=False), "normalize=False"),
+        (_listener("products.0", "register_forward_hook"), r"products\.0 .* has a forward hook"),
+        (_listener("interactions.1", "register_forward_pre_hook"), r"interactions\.1 .* has a forward pre-hook"),
+        (_listener("readouts.0.linear", "register_forward_hook"), r"readouts\.0\.linear .* has a forward hook"),
+        (_listener("scale_shift", "register_full_backward_hook"), "scale_shift .* has a backward hook"),
+        (_listener("", "register_forward_hook"), "the model .* has a forward hook"),
+        (_own_forward, "radial_embedding .* has a forward that was replaced"),
+    ],
+)
+def test_what_would_be_skipped_is_refused(
+    change: Callable[[torch.nn.Module], None], message: str, base: tuple[torch.nn.Module, bytes]
+) -> None:
+    fast = pickle.loads(base[1]).converted
+    change(fast)
+    with pytest.raises(UnsupportedModuleError, match=f"{message}.*use mace_fast.convert"):
+        FrozenMACE(fast)
+
+
+class Squashed(torch.nn.Module):
+    """In the place of a linear map, and not linear."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.irreps_in, self.irreps_out = inner.irreps_in, inner.irreps_out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.inner(x))
+
+
+def test_a_readout_of_other_parts_is_called(base: tuple[torch.nn.Module, bytes], seed: int) -> None:
+    fast = pickle.loads(base[1]).converted
+    fast.readouts[0].linear = Squashed(fast.readouts[0].linear)
+    data = zoo.graph(crystal(seed), base[0])
+    assert relative(FrozenMACE(fast)(data)["energy"], fast(dict(data))["energy"]) < 1e-11
 
 
 def test_out_of_range_edges_are_refused(seed: int) -> None:

@@ -19,6 +19,7 @@ from mace_fast.inference.layers import FrozenLayer
 from mace_fast.kernels.ops.readout import MOST_HIDDEN, node_energies
 from mace_fast.kernels.ops.segment import Segments, segment_sum, segments
 from mace_fast.kernels.ops.totals import structure_energies
+from mace_fast.patch.understand import LINEAR, class_name
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,19 @@ def freeze_readouts(model: Any) -> tuple[Readout, ...]:
 
 
 def _freeze_readout(block: Any, layer: int) -> Readout:
-    if type(block) is LinearReadoutBlock:
+    if type(block) is LinearReadoutBlock and _is_matrix(block.linear):
         return Readout(layer, _used(_matrix(block.linear)), None)
-    if type(block) is NonLinearReadoutBlock:
+    if type(block) is NonLinearReadoutBlock and _is_matrix(block.linear_1) and _is_matrix(block.linear_2):
         first, second = _matrix(block.linear_1), _matrix(block.linear_2)
         factor = _silu_factor(block.non_linearity, first)
         if factor is not None and first.shape[0] <= MOST_HIDDEN and second.shape[0] == 1:
             return Readout(layer, _used(first), factor * second[0])
     return Readout(layer, None, None)
+
+
+def _is_matrix(linear: Any) -> bool:
+    """Whether a module is e3nn's linear map without biases, and not one of another class that may be none."""
+    return class_name(linear) == LINEAR and not linear.bias.numel()
 
 
 def _matrix(linear: Any) -> Tensor:

@@ -30,8 +30,18 @@ from mace_fast.kernels.ops.prepare import compile_sources, spline_sources, targe
 from mace_fast.kernels.ops.repulsion import Repulsion, nuclear_repulsion
 from mace_fast.kernels.ops.segment import segment_sum, segments
 from mace_fast.kernels.ops.totals import atom_forces
-from mace_fast.patch.blocks.interaction import FastInteraction, FastRealAgnosticAttResidualInteraction
-from mace_fast.patch.blocks.product import FastEquivariantProductBasis
+from mace_fast.patch.blocks.interaction import FastRealAgnosticAttResidualInteraction
+from mace_fast.patch.match import MACE_BLOCKS
+from mace_fast.patch.understand import call_listener, class_name, replaced_forward
+
+_MODELS = ("mace.modules.models.MACE", "mace.modules.models.ScaleShiftMACE")
+_REPLACED = {
+    "node_embedding": "mace.modules.blocks.LinearNodeEmbeddingBlock",
+    "radial_embedding": "mace.modules.blocks.RadialEmbeddingBlock",
+    "spherical_harmonics": "e3nn.o3._spherical_harmonics.SphericalHarmonics",
+    "scale_shift": "mace.modules.blocks.ScaleShiftBlock",
+}
+"""Modules that are not called at an evaluation, or of which is known what their results depend on, by class."""
 
 
 @dataclass(frozen=True)
@@ -474,21 +484,55 @@ def _compile(layers: tuple[FrozenLayer, ...]) -> None:
 
 
 def _require_frozen_form(model: Any) -> None:
-    name = type(model).__name__
-    if name not in ("MACE", "ScaleShiftMACE"):
-        raise UnsupportedModuleError(f"a {name} has no frozen form; MACE and ScaleShiftMACE have")
+    """All that the program computes by code of its own is exactly what that code computes.
+
+    Modules that are called with what MACE calls them with (atomic energies, joint embedding, repulsion, readouts of
+    other forms, the parts of the radial embedding) may be of any class.
+
+    Raises:
+        UnsupportedModuleError: it is not; the message names the module.
+    """
+    found = class_name(model)
+    if found not in _MODELS:
+        raise UnsupportedModuleError(
+            f"a {found} has no frozen form, MACE and ScaleShiftMACE of mace-torch have; use mace_fast.convert"
+        )
     for layer, interaction in enumerate(model.interactions):
         if isinstance(interaction, FastRealAgnosticAttResidualInteraction):
             raise UnsupportedModuleError(
                 f"interactions.{layer}: its radial weights depend on node features, so they are no function of the "
                 "distance; use mace_fast.convert"
             )
-        if not isinstance(interaction, FastInteraction):
+    for kind in ("interactions", "products"):
+        for layer, block in enumerate(model.get_submodule(kind)):
+            if type(block) not in MACE_BLOCKS.values():
+                raise UnsupportedModuleError(
+                    f"{kind}.{layer} is a {class_name(block)}; convert the model first (mace_fast.convert)"
+                )
+    for name, expected in _REPLACED.items():
+        module = model._modules.get(name)
+        if module is not None and class_name(module) != expected:
             raise UnsupportedModuleError(
-                f"interactions.{layer} is a {type(interaction).__name__}; convert the model first (mace_fast.convert)"
+                f"{name} is a {class_name(module)}, and the frozen form computes what a {expected} does; use "
+                "mace_fast.convert, whose models call it"
             )
-    for layer, product in enumerate(model.products):
-        if not isinstance(product, FastEquivariantProductBasis):
+    _require_known_harmonics(model.spherical_harmonics)
+    for name, module in model.named_modules():
+        if replaced_forward(module) or call_listener(module):
+            what = call_listener(module) or "a forward that was replaced on the object"
             raise UnsupportedModuleError(
-                f"products.{layer} is a {type(product).__name__}; convert the model first (mace_fast.convert)"
+                f"{name or 'the model'} ({class_name(module)}) has {what}, and the frozen form does not call it at "
+                "every evaluation; remove it, or use mace_fast.convert"
             )
+
+
+def _require_known_harmonics(module: Any) -> None:
+    lmax = module._lmax
+    expected = [(1, (degree, (-1) ** degree)) for degree in range(lmax + 1)]
+    found = [(mul, (ir.l, ir.p)) for mul, ir in module.irreps_out]
+    if not module.normalize or module.normalization != "component" or found != expected:
+        raise UnsupportedModuleError(
+            f"spherical_harmonics ({class_name(module)}) gives {module.irreps_out} with "
+            f"normalize={module.normalize}, normalization={module.normalization!r}; the frozen form computes all "
+            "degrees from 0 on, normalize=True, normalization='component'; use mace_fast.convert"
+        )

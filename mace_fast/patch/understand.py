@@ -72,12 +72,17 @@ def require_unhooked(name: str, module: object) -> None:
     """
     assert isinstance(module, torch.nn.Module)
     require_own_forward(name, module)
-    for attribute, words in _CALL_HOOKS.items():
-        if module.__dict__.get(attribute):
-            raise UnsupportedModuleError(
-                f"its {name} has {words}, which would not run: the fast block does not call its parts. "
-                "Remove it, or register it on the block itself"
-            )
+    hook = call_listener(module)
+    if hook is not None:
+        raise UnsupportedModuleError(
+            f"its {name} has {hook}, which would not run: the fast block does not call its parts. "
+            "Remove it, or register it on the block itself"
+        )
+
+
+def call_listener(module: torch.nn.Module) -> str | None:
+    """Which kind of hook listens to the calls of ``module``, in words; None where none does."""
+    return next((words for attribute, words in _CALL_HOOKS.items() if module.__dict__.get(attribute)), None)
 
 
 def require_own_forward(name: str, module: torch.nn.Module) -> None:
@@ -86,10 +91,15 @@ def require_own_forward(name: str, module: torch.nn.Module) -> None:
     Raises:
         UnsupportedModuleError: somebody has put another one on the object.
     """
-    if "forward" in module.__dict__:
+    if replaced_forward(module):
         raise UnsupportedModuleError(
             f"its {name} has a forward that was replaced on the object, so its class does not tell"
         )
+
+
+def replaced_forward(module: torch.nn.Module) -> bool:
+    """Whether the object has another forward than its class's. TorchScript keeps methods where others have that."""
+    return "forward" in module.__dict__ and not isinstance(module, torch.jit.ScriptModule)
 
 
 def submodule(module: torch.nn.Module, name: str) -> torch.nn.Module:
