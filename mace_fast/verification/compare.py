@@ -54,6 +54,7 @@ def compare(
 
     ``mace_fast.verification.criterion`` says when two results are the same. Both models are left as they are:
     the work is done on deep copies, and torch's default dtype, autocast and gradient mode are put back.
+    Gradients are compared of the parameters that require one; of all, where none does.
 
     Args:
         reference: a MACE model of mace-torch; in float64 it is the truth.
@@ -152,15 +153,20 @@ class _Comparison:
 
     def compare_modes(self, modes: Sequence[Mode], results: ReferenceResults) -> None:
         """Each mode in each dtype."""
-        trainable = any(parameter.requires_grad for parameter in self.candidate.model.parameters())
+        parameters = list(self.candidate.model.parameters())
+        trained = any(parameter.requires_grad for parameter in parameters)
         not_compared = self.report.not_compared
         for mode in modes:
             with self._step(mode.what):
                 if mode.batch not in results.batches:
                     not_compared.append(f"{mode.what}: {NO_STRUCTURE_FOR[mode.batch]}")
-                elif mode.name == "training" and not trainable:
-                    not_compared.append(f"{mode.what}: no parameter of the candidate requires a gradient")
+                elif mode.name == "training" and not parameters:
+                    not_compared.append(f"{mode.what}: the candidate has no parameters")
                 else:
+                    if mode.name == "training" and not trained:
+                        # As in files of mace_run_train: whoever trains such a model switches them on first.
+                        self.candidate.require_gradients()
+                        results.copies.require_gradients()
                     self.report.rows.extend(self._compare_mode(mode, results))
         left_out = [mode.what for mode in MODES if mode not in modes]
         if left_out:

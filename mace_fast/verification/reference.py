@@ -31,11 +31,26 @@ class Copies:
         self.model = model
         self.device = device
         self._copies: dict[torch.dtype, torch.nn.Module] = {}
+        self._gradients = False
 
     def __getitem__(self, dtype: torch.dtype) -> torch.nn.Module:
         if dtype not in self._copies:
-            self._copies[dtype] = copy_module(self.model).to(device=self.device, dtype=dtype)
+            copied = copy_module(self.model).to(device=self.device, dtype=dtype)
+            self._copies[dtype] = _with_gradients(copied) if self._gradients else copied
         return self._copies[dtype]
+
+    def require_gradients(self) -> None:
+        """All parameters of the copies require a gradient, whatever those of the model do."""
+        self._gradients = True
+        for copied in self._copies.values():
+            _with_gradients(copied)
+
+
+def _with_gradients(model: torch.nn.Module) -> torch.nn.Module:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return model
 
 
 class ReferenceResults:
