@@ -17,7 +17,7 @@ from test_patch_support import (
 )
 
 from mace_fast import zoo
-from mace_fast.errors import VerificationError
+from mace_fast.errors import UnsupportedModuleError, VerificationError
 from mace_fast.patch import convert, describe, match, patch, restore, verify
 from mace_fast.patch.blocks.base import FastModule
 from mace_fast.patch.blocks.interaction import FastInteraction
@@ -160,6 +160,16 @@ def test_convert_to_another_dtype(rng: np.random.Generator) -> None:
         convert(model, dtype=torch.float16)
     with pytest.raises(ValueError, match="half"):
         convert(model, dtype="half")
+
+
+def test_parameters_of_two_dtypes_need_one(rng: np.random.Generator) -> None:
+    model = small_model("base").float()
+    model.readouts[0].linear.double()
+    for call in (convert, patch):
+        with pytest.raises(UnsupportedModuleError, match=r"readouts\.0\.linear\.weight \(torch\.float64\).*dtype="):
+            call(model, verify=False)
+    fast = convert(model, verify=False, dtype="float64")
+    assert {parameter.dtype for parameter in fast.parameters()} == {torch.float64}
 
 
 def test_describe_names_every_block() -> None:

@@ -15,6 +15,7 @@ from mace_fast.patch.replace import fast_modules, put_back, replace
 from mace_fast.verification import EquivalenceReport, Progress
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_MOST_NAMES = 6
 
 
 def convert(
@@ -31,12 +32,15 @@ def convert(
     The original is not touched. Parameters, buffers, their names, hooks, train mode and ``requires_grad`` are
     the original's, copied. A model that has been converted or patched before gives a converted copy.
 
+    In a file that ``mace_run_train`` wrote no parameter requires a gradient: to train the copy, call
+    ``fast.requires_grad_(True)``. Parameter gradients are compared in any case.
+
     Args:
         model: a MACE model, or any module that holds e3nn tensor products of modes 'uvu', 'uvv', 'uuu', 'uvw'.
         verify: compare the copy with the original before returning it. Turn it off only for a model that is
             known.
         dtype: of the copy, ``torch.float32`` or ``torch.float64`` (or "float32", "float64"); the original's
-            by default.
+            by default, whose parameters must then be of one.
         device: of the copy; the original's by default.
         structures: to verify on, instead of some made up from the model's elements.
         progress: called with what is being verified, the number of steps done, and of steps known.
@@ -45,13 +49,13 @@ def convert(
         The fast model.
 
     Raises:
-        UnsupportedModuleError: a block is not understood, or there is nothing to replace. The message names
-            each.
+        UnsupportedModuleError: a block is not understood, there is nothing to replace, or parameters are of several
+            dtypes and none is asked for. The message names each.
         VerificationError: the copy does not compute what the original does; ``.report`` says where.
         ValueError: a dtype that there are no kernels for.
     """
     wanted = _checked_dtype(dtype)
-    matches = _convertible(model)
+    matches = _convertible(model, one_dtype=wanted is None)
     fast = replace(copy_module(model), matches).to(device=device, dtype=wanted)
     if verify:
         check_equivalence(model, fast, structures=structures, progress=progress).raise_if_failed()
@@ -133,12 +137,16 @@ def describe(model: torch.nn.Module) -> str:
     return "\n".join(str(m) for m in match(model))
 
 
-def _convertible(model: torch.nn.Module) -> list[Match]:
+def _convertible(model: torch.nn.Module, *, one_dtype: bool = True) -> list[Match]:
     """The matches of a model that can be converted.
+
+    Args:
+        model: the model.
+        one_dtype: whether all its parameters must have the same dtype, since nobody gives them one.
 
     Raises:
         UnsupportedModuleError: something is refused, or there is nothing to do and nothing done before, or
-            the model is in a precision without kernels.
+            the model is in a precision without kernels, or in several.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype not in _DTYPES.values():
@@ -146,6 +154,8 @@ def _convertible(model: torch.nn.Module) -> list[Match]:
                 f"{name} is {parameter.dtype}, and there are kernels for float32 and float64. The constants of "
                 "this model are rounded as coarsely: give it in the precision in which it was made"
             )
+    if one_dtype:
+        _require_one_dtype(model)
     matches = match(model)
     refused = [f"{m.name or 'the model'} ({m.module_class}): {m.reason}" for m in matches if m.status == "refuse"]
     if refused:
@@ -154,6 +164,21 @@ def _convertible(model: torch.nn.Module) -> list[Match]:
         kept = "".join(f"\n  {m}" for m in matches)
         raise UnsupportedModuleError(f"there is nothing to replace in this {type(model).__name__}{kept}")
     return matches
+
+
+def _require_one_dtype(model: torch.nn.Module) -> None:
+    by_dtype: dict[torch.dtype, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            by_dtype.setdefault(parameter.dtype, []).append(name)
+    if len(by_dtype) > 1:
+        most, *others = sorted(by_dtype, key=lambda dtype: len(by_dtype[dtype]), reverse=True)
+        names = [f"{name} ({dtype})" for dtype in others for name in by_dtype[dtype]]
+        named = ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" * (len(names) > _MOST_NAMES))
+        raise UnsupportedModuleError(
+            f"the parameters of this {type(model).__name__} are {most}, but for {named}; a kernel takes one dtype. "
+            "Give convert or freeze a dtype=, or cast the model first, with model.to(dtype)"
+        )
 
 
 def _checked_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
