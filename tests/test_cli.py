@@ -25,6 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli")
     model = zoo.build(zoo.small_variants()["base"], seed=1)
     torch.save(model, path / "my.model")
+    torch.save(zoo.build(zoo.small_variants()["nonlinear_foundation"]), path / "other.model")
     fast = convert(model, verify=False)
     torch.save(fast, path / "fast.model")
     with torch.no_grad():
@@ -159,6 +160,21 @@ def test_verify_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(out)["passed"] is False
     status, out, _ = run(capsys, *arguments)
     assert status == 1 and "FAILED" in out
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("fast", "my", "give the converted or patched model second"),
+        ("my", "my", "give the converted or patched model second"),
+        ("other", "fast", "not the same model"),
+    ],
+)
+def test_verify_of_two_files_that_do_not_belong_together(
+    first: str, second: str, said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, "verify", folder / f"{first}.model", folder / f"{second}.model")
+    assert status == 2 and said in " ".join(err.replace("│", " ").split()) and "Traceback" not in err
 
 
 def test_bench(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

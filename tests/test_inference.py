@@ -23,7 +23,7 @@ from mace_fast.inference.frozen import atomic_forces, edge_vectors
 from mace_fast.inference.packed import Packed
 from mace_fast.inference.padded import padded_parts, refill, without_edges
 from mace_fast.inference.tables import interpolate, tabulate
-from mace_fast.patch.api import convert
+from mace_fast.patch.api import convert, verify
 from mace_fast.verification.graphs import default_dtype
 
 MODELS = ["mp0-small", "mp0-medium", "off23-medium", "omat0-small", "mh-1"]
@@ -478,6 +478,11 @@ def test_verifying_fetches_what_may_be_on_a_gpu(monkeypatch: pytest.MonkeyPatch)
     fast = convert(model, verify=False)
     monkeypatch.setattr(torch.Tensor, "__array__", refuse)
     assert verify_frozen(model, FrozenMACE(fast)).passed
+
+
+def test_verify_names_what_compares_a_frozen_model(base: tuple[torch.nn.Module, bytes]) -> None:
+    with pytest.raises(TypeError, match="verify_frozen"):
+        verify(base[0], pickle.loads(base[1]))
 
 
 @pytest.mark.gpu

@@ -172,6 +172,12 @@ def test_parameters_of_two_dtypes_need_one(rng: np.random.Generator) -> None:
     assert {parameter.dtype for parameter in fast.parameters()} == {torch.float64}
 
 
+def test_two_models_that_are_not_the_same() -> None:
+    fast = convert(small_model("base"), verify=False)
+    with pytest.raises(ValueError, match=r"not the same model.*shape"):
+        verify(small_model("nonlinear_foundation"), fast)
+
+
 def test_describe_names_every_block() -> None:
     model = small_model()
     text = describe(model)

@@ -11,7 +11,17 @@ from rich import box
 from rich.table import Table
 
 from mace_fast.cli.console import print_json, progress_bar, require_new, stdout
-from mace_fast.cli.options import Device, Dtype, Force, Json, Model, NoVerify, choose_device, read_structure
+from mace_fast.cli.options import (
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    NoVerify,
+    choose_device,
+    read_structure,
+    usage_errors,
+)
 from mace_fast.errors import VerificationError
 from mace_fast.files import published
 
@@ -100,6 +110,7 @@ def verify(
     """
     from mace_fast.loading import load_model
     from mace_fast.patch.api import convert as convert_model
+    from mace_fast.patch.checking import require_comparable
 
     place = choose_device(device)
     original = load_model(model, place, dtype)
@@ -107,6 +118,8 @@ def verify(
         fast = convert_model(original, verify=False)
     else:
         fast = load_model(converted, place, dtype)
+    with usage_errors():
+        require_comparable(original, fast, with_structures=bool(structures))
     report = _verify(original, fast, [read_structure(path) for path in structures] if structures else None)
     if json:
         print_json(report.to_dict())

@@ -120,7 +120,7 @@ def verify(
 
     Args:
         model: the original. Fast modules in it are left out: it is always mace-torch that is compared with.
-        fast: the converted or patched model.
+        fast: the converted or patched model. A frozen one is compared by ``mace_fast.inference.verify_frozen``.
         structures: to compare on, instead of some made up from the model's elements.
         dtypes: to compare in; float64 and that of ``fast`` by default.
         progress: called with what is being verified, the number of steps done, and of steps known.
@@ -128,6 +128,10 @@ def verify(
     Returns:
         The report, which also says which kernel ran for which module; ``report.raise_if_failed()`` raises
         VerificationError.
+
+    Raises:
+        TypeError: ``fast`` is a frozen model.
+        ValueError: ``fast`` holds no fast module, or tensors of other names or shapes than ``model``.
     """
     return check_equivalence(model, fast, structures=structures, dtypes=dtypes, progress=progress)
 

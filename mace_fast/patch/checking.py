@@ -16,13 +16,14 @@ from mace_fast.patch.blocks.base import FastModule
 from mace_fast.patch.constants import with_fast_constants
 from mace_fast.patch.prepare import prepare_model
 from mace_fast.patch.replace import fast_modules, put_back
-from mace_fast.patch.understand import ancestor_names
+from mace_fast.patch.understand import ancestor_names, class_name
 from mace_fast.verification import EquivalenceReport, Progress, QuantityRow, compare
 from mace_fast.verification.modules import Argument, Call, compare_modules
 from mace_fast.verification.report import dtype_name
 from mace_fast.verification.tensors import compare_tensors
 
 _ENERGY_MODEL = "mace.modules.models.MACE"
+_FROZEN = "mace_fast.inference.frozen.FrozenMACE"
 _RANDOM_INPUTS = "random inputs"
 
 
@@ -37,13 +38,10 @@ def check_equivalence(
     """Compare ``fast`` with ``model``; see ``mace_fast.verify``.
 
     Raises:
-        ValueError: ``fast`` holds no fast module.
+        TypeError, ValueError: see ``require_comparable``.
     """
+    require_comparable(model, fast, with_structures=structures is not None)
     found = fast_modules(fast)
-    if not found:
-        raise ValueError(
-            f"this {type(fast).__name__} holds no module of mace_fast; give the converted or patched model second"
-        )
     labels = {name: module.kernels() for name, module in found.items()}
     if dtypes is None:
         tensors: list[torch.Tensor] = [*fast.parameters()] or [*fast.buffers()]
@@ -59,11 +57,47 @@ def check_equivalence(
         if reference is not model:
             report.environment["constants"] = "of float32 precision in the model, exact in this comparison"
         return report
-    if structures is not None:
+    return _compare_modules(reference, candidate, labels, dtypes, device)
+
+
+def require_comparable(model: torch.nn.Module, fast: torch.nn.Module, *, with_structures: bool = False) -> None:
+    """``fast`` may be the fast form of ``model``: it is one of some model, and has the same tensors.
+
+    Args:
+        model, fast: the original, and the converted or patched model.
+        with_structures: whether they are to be compared on structures.
+
+    Raises:
+        TypeError: ``fast`` is a frozen model.
+        ValueError: ``fast`` holds no fast module; the two are not the same model; structures for a model that takes
+            none.
+    """
+    if class_name(fast) == _FROZEN:
+        raise TypeError(
+            "a frozen model has no Hessian and no training to compare; use mace_fast.inference.verify_frozen(model, "
+            "frozen), which compares all else"
+        )
+    if not fast_modules(fast):
+        raise ValueError(
+            f"this {type(fast).__name__} holds no module of mace_fast; give the converted or patched model second"
+        )
+    ours, theirs = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, fast))
+    if ours != theirs:
+        names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        first = names[0]
+        raise ValueError(
+            f"these are not the same model: {len(names)} of {len({**ours, **theirs})} tensors are missing in one of "
+            f"them or have another shape. {first}: {_shape(ours, first)} in the original, {_shape(theirs, first)} in "
+            "the other. Give the model that was converted first, and what became of it second"
+        )
+    if with_structures and _ENERGY_MODEL not in ancestor_names(model):
         raise ValueError(
             f"structures are for MACE models; this is a {type(model).__name__}, whose modules get random inputs"
         )
-    return _compare_modules(reference, candidate, labels, dtypes, device)
+
+
+def _shape(shapes: dict[str, tuple[int, ...]], name: str) -> str:
+    return f"shape {list(shapes[name])}" if name in shapes else "no such tensor"
 
 
 def _compare_modules(

@@ -114,6 +114,6 @@ def _require_rounding(name: str, live: Any, wanted: Any) -> None:
     if difference > _FLOAT32_ROUNDING * size:
         raise UnsupportedModuleError(
             f"{name} is {difference / size:.1e} (relative) from the table that mace_fast computes with; "
-            f"float32 rounding explains {_FLOAT32_ROUNDING:.0e}. If mace-torch made the model, this is a fault "
-            "of mace_fast: please report it"
+            f"float32 rounding explains {_FLOAT32_ROUNDING:.0e}. If these are two models, they are not the same model; "
+            "if one was converted from the other and mace-torch made it, this is a fault of mace_fast: please report it"
         )
