@@ -123,18 +123,30 @@ def test_convert_does_not_overwrite(folder: Path, tmp_path: Path, capsys: pytest
     assert load_model(output) is not None
 
 
+@pytest.mark.parametrize("error", [OSError("No space left on device"), RuntimeError("failed writing file data/7")])
 def test_convert_leaves_nothing_when_writing_fails(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: Exception, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """torch's own writer raises a RuntimeError on a full disk."""
+
     def fail(model: object, path: Path) -> None:
         path.write_bytes(b"half a model")
-        raise OSError("No space left on device")
+        raise error
 
     monkeypatch.setattr(torch, "save", fail)
     arguments = ("convert", folder / "my.model", "-o", tmp_path / "fast.model", "--no-verify")
     status, _, err = run(capsys, *arguments)
-    assert status == 1 and "error: No space left" in err
+    assert status == 1 and "error:" in err and str(error) in err and "Make room" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_asks_first_whether_it_can_write(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a verification of minutes. /proc takes no files, not even from root."""
+    monkeypatch.setattr(api, "convert", lambda model, verify: pytest.fail("it was converted first"))
+    status, _, err = run(capsys, "convert", folder / "my.model", "-o", "/proc/fast.model")
+    assert status == 1 and "no file can be written in /proc" in err and "Traceback" not in err
 
 
 def test_convert_writes_nothing_that_is_not_equal(

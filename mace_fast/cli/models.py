@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +23,7 @@ from mace_fast.cli.options import (
     read_structure,
     usage_errors,
 )
-from mace_fast.errors import VerificationError
+from mace_fast.errors import MaceFastError, VerificationError
 from mace_fast.files import published
 
 if TYPE_CHECKING:
@@ -43,16 +44,15 @@ def convert(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Convert a model and write it to a file that torch.load and MACEFastCalculator read.
+    """Convert a model and write it to a file that MACEFastCalculator reads.
 
-    The conversion is verified on the device before anything is written. The file does not depend on the
-    device.
+    So does torch.load(file, weights_only=False), where mace_fast is installed. The conversion is verified on the
+    device before anything is written. The file does not depend on the device.
 
     Example: mace-fast convert my.model -o fast.model
     """
     require_new(output, force)
-
-    import torch
+    _require_writable(output)
 
     from mace_fast.loading import load_model
     from mace_fast.patch.api import convert as convert_model
@@ -67,8 +67,7 @@ def convert(
         if not json:
             stdout.print(report)
         report.raise_if_failed()
-    with published(output) as temporary:
-        torch.save(fast.cpu(), temporary)
+    _save(fast.cpu(), output)
     matches = match(original)
     if json:
         print_json(
@@ -148,6 +147,39 @@ def info(model: Model, json: Json = False) -> None:
         table.add_row(name.replace("_", " "), _shown(value))
     stdout.print(table)
     stdout.print(match_table(matches))
+
+
+def _require_writable(path: Path) -> None:
+    """Before any work is done, that a file can be made where ``path`` is to be.
+
+    Raises:
+        MaceFastError: it cannot.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as exc:
+        raise MaceFastError(
+            f"{path}: no file can be written in {path.parent} ({exc.strerror}); give --output another directory"
+        ) from exc
+
+
+def _save(model: torch.nn.Module, path: Path) -> None:
+    """Write a model whole or not at all.
+
+    Raises:
+        MaceFastError: it cannot be written, as where the disk is full.
+    """
+    import torch
+
+    try:
+        with published(path) as temporary:
+            torch.save(model, temporary)
+    except (OSError, RuntimeError) as exc:  # torch's own writer says with a RuntimeError that a disk is full
+        raise MaceFastError(
+            f"{path}: could not be written, and nothing is there now that was not before ({exc}). Make room on the "
+            "disk, or give --output another directory"
+        ) from exc
 
 
 def _verify(
