@@ -16,7 +16,7 @@ from mace.modules.radial import PolynomialCutoff
 
 from mace_fast import zoo
 from mace_fast.errors import MissingToolError, UnsupportedModuleError, VerificationError
-from mace_fast.inference import CapturedMACE, FrozenMACE, freeze, verify_frozen
+from mace_fast.inference import CapturedMACE, FrozenMACE, api, freeze, verify_frozen
 from mace_fast.inference import frozen as frozen_module
 from mace_fast.inference.edges import SortedEdges
 from mace_fast.inference.frozen import atomic_forces, edge_vectors
@@ -478,6 +478,29 @@ def test_verifying_fetches_what_may_be_on_a_gpu(monkeypatch: pytest.MonkeyPatch)
     fast = convert(model, verify=False)
     monkeypatch.setattr(torch.Tensor, "__array__", refuse)
     assert verify_frozen(model, FrozenMACE(fast)).passed
+
+
+def test_verification_reaches_every_pair_of_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault in the tables of one pair of three elements, with species that the first structures do not hold."""
+    model = zoo.build("omat0-small", dtype=torch.float64, elements=[1, 6, 8], channels=8)
+    frozen = FrozenMACE(convert(model, verify=False))
+    monkeypatch.setattr(api, "_SECONDS", 1000.0)
+    report = verify_frozen(model, frozen)
+    assert report.passed and not any("pairs of elements" in line for line in report.not_compared)
+    assert {"energy", "forces"} <= {row.quantity for row in report.rows if row.mode == "pairs"}
+    monkeypatch.setattr(api, "_SECONDS", 0.0)
+    (line,) = [line for line in verify_frozen(model, frozen).not_compared if "pairs of elements" in line]
+    assert "3 of 6" in line and "all pairs with O" in line
+    monkeypatch.setattr(api, "_SECONDS", 1000.0)
+    right = frozen_module.radial_weights
+
+    def wrong(exact: torch.nn.Module, layer: int, sender: int, receiver: int) -> object:
+        function = right(exact, layer, sender, receiver)
+        return (lambda r: 1.001 * function(r)) if {sender, receiver} == {1, 2} else function
+
+    monkeypatch.setattr(frozen_module, "radial_weights", wrong)
+    report = verify_frozen(model, frozen)
+    assert {row.mode for row in report.rows if not row.passed} == {"pairs"}
 
 
 def test_verify_names_what_compares_a_frozen_model(base: tuple[torch.nn.Module, bytes]) -> None:

@@ -68,6 +68,28 @@ def with_every_head(model: torch.nn.Module, structures: Sequence[ase.Atoms]) -> 
     return copies
 
 
+def cluster(model: torch.nn.Module, numbers: Sequence[int], rng: np.random.Generator) -> ase.Atoms:
+    """Two atoms of each of up to four elements, all within the cutoff of one another: every pair is there.
+
+    Args:
+        model: whose cutoff, heads and additional inputs are read.
+        numbers: atomic numbers, 1 to 4 of them.
+        rng: places the atoms, and picks a head.
+
+    Returns:
+        A structure in A without a cell, named by its elements.
+    """
+    _, r_max = elements_and_cutoff(model)
+    species = np.repeat(np.asarray(numbers), 2)
+    # The longest diagonal of displaced sites is 2.36 spacings.
+    sites = rng.permutation(_sites(rng, np.array([2, 2, 2])))[: len(species)] * 2.0 * 0.4 * r_max
+    atoms = ase.Atoms(species, positions=sites)
+    atoms.info["name"] = f"cluster of {', '.join(dict.fromkeys(atoms.get_chemical_symbols()))}"
+    atoms.info["head"] = str(rng.choice(model_heads(model)))
+    _add_embeddings(rng, [atoms], embedding_specs(model))
+    return atoms
+
+
 def elements_and_cutoff(model: torch.nn.Module) -> tuple[NDArray[np.int64], float]:
     """Atomic numbers [Z] in the model's order, and its cutoff in A."""
     numbers = getattr(model, "atomic_numbers", None)
