@@ -158,8 +158,6 @@ def _convertible(model: torch.nn.Module, *, one_dtype: bool = True) -> list[Matc
                 f"{name} is {parameter.dtype}, and there are kernels for float32 and float64. The constants of "
                 "this model are rounded as coarsely: give it in the precision in which it was made"
             )
-    if one_dtype:
-        _require_one_dtype(model)
     matches = match(model)
     refused = [f"{m.name or 'the model'} ({m.module_class}): {m.reason}" for m in matches if m.status == "refuse"]
     if refused:
@@ -167,6 +165,8 @@ def _convertible(model: torch.nn.Module, *, one_dtype: bool = True) -> list[Matc
     if not any(m.status == "replace" for m in matches) and not fast_modules(model):
         kept = "".join(f"\n  {m}" for m in matches)
         raise UnsupportedModuleError(f"there is nothing to replace in this {type(model).__name__}{kept}")
+    if one_dtype:
+        _require_one_dtype(model)
     return matches
 
 
