@@ -13,7 +13,7 @@ from md_springs import crystal
 
 from mace_fast.errors import StructureError
 from mace_fast.md.dynamics import MDResult, run
-from mace_fast.md.integrators import conserved_energy, degrees_of_freedom, integrator, prepare_velocities
+from mace_fast.md.integrators import conserved_energy, degrees_of_freedom, integrator, prepare_velocities, temperature
 from mace_fast.md.settings import MDSettings
 
 ENSEMBLES = {
@@ -148,6 +148,36 @@ def test_npt_needs_a_cell(tmp_path: Path) -> None:
     with pytest.raises(StructureError, match=r"npt needs a cell.*\[True, True, False\]"):
         run(atoms, MDSettings(steps=5, ensemble="npt"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_moving_centre_of_mass_is_not_heat(rng: np.random.Generator, tmp_path: Path) -> None:
+    """NVE keeps the net momentum that a Langevin run hands over; the temperature is that of the other momenta."""
+    rest = crystal()
+    prepare_velocities(rest, 400.0, 0)
+    moving = rest.copy()
+    moving.calc = rest.calc
+    velocity = rng.normal(size=3) * 0.02  # A in ASE's unit of time: hundreds of K, were it heat
+    moving.set_velocities(rest.get_velocities() + velocity)
+    settings = MDSettings(steps=20, ensemble="nve", log_interval=5)
+    still = run(rest, settings, tmp_path / "rest")
+    result = run(moving, settings, tmp_path / "moving")
+    assert moving.get_velocities().mean(axis=0) == pytest.approx(velocity, rel=1e-6)
+    carried = 0.5 * moving.get_masses().sum() * float(velocity @ velocity)
+    for here, there in zip(still.samples, result.samples, strict=True):
+        assert there.temperature == pytest.approx(here.temperature, rel=1e-6)
+        assert there.kinetic_energy == pytest.approx(here.kinetic_energy + carried, rel=1e-6)
+        assert there.conserved_energy == there.total_energy
+    # Langevin's noise drives the centre of mass as well: all of its momenta count.
+    langevin = MDSettings(steps=1)
+    assert temperature(moving, langevin) == pytest.approx(
+        2 * moving.get_kinetic_energy() / (3 * len(moving) * units.kB)
+    )
+
+
+def test_atoms_that_move_as_one_are_cold() -> None:
+    atoms = crystal()
+    atoms.set_velocities(np.full((len(atoms), 3), 0.05))
+    assert 0 <= temperature(atoms, MDSettings(steps=1, ensemble="nve")) < 1e-9
 
 
 def test_one_atom(tmp_path: Path) -> None:

@@ -31,11 +31,11 @@ from mace_fast.md.files import (
 )
 from mace_fast.md.integrators import (
     conserved_energy,
-    degrees_of_freedom,
     integrator,
     integrator_state,
     prepare_velocities,
     restore_integrator,
+    temperature,
 )
 from mace_fast.md.restart import RESTART_FILE, Restart, load_restart, save_restart, structure_identity
 from mace_fast.md.settings import TRAJECTORY_FORMATS, MDSettings
@@ -231,7 +231,6 @@ class _Run:
         self.log_path, self.trajectory_path = output / LOG_FILE, output / trajectory_name(settings)
         self.restart_seconds = restart_seconds
         self.on_sample = on_sample
-        self.freedom = degrees_of_freedom(atoms, settings)
         self.step_times: list[float] = []
         self.first_step = 0 if saved is None else saved.step
         if saved is None:
@@ -323,7 +322,7 @@ class _Run:
             kinetic_energy=kinetic,
             total_energy=potential + kinetic,
             conserved_energy=conserved_energy(self.dynamics, potential + kinetic),
-            temperature=2 * kinetic / (self.freedom * units.kB) if self.freedom else 0.0,
+            temperature=temperature(atoms, self.settings),
             volume=float(atoms.get_volume()) if atoms.cell.rank == 3 else None,
             pressure=pressure,
         )

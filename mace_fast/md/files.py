@@ -36,7 +36,9 @@ class Sample:
     """One row of the log: energies in eV for the whole structure, temperature in K, volume in A^3, pressure in GPa.
 
     ``conserved_energy`` is None where the dynamics conserves nothing, ``volume`` without a cell, ``pressure`` outside
-    NPT, as it costs the evaluation of the stress.
+    NPT, as it costs the evaluation of the stress. ``kinetic_energy`` is that of all momenta, so that the total is
+    conserved in NVE; the temperature leaves out a net momentum that is conserved
+    (:func:`mace_fast.md.integrators.temperature`).
     """
 
     step: int

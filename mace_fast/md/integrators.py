@@ -37,9 +37,33 @@ def degrees_of_freedom(atoms: Atoms, settings: MDSettings) -> int:
 
     All other integrators conserve the net momentum, whose three components therefore take no part.
     """
-    if atoms.constraints or len(atoms) == 1 or (settings.ensemble == "nvt" and settings.thermostat == "langevin"):
-        return int(atoms.get_number_of_degrees_of_freedom())
-    return 3 * len(atoms) - 3
+    if _leaves_net_momentum_out(atoms, settings):
+        return 3 * len(atoms) - 3
+    return int(atoms.get_number_of_degrees_of_freedom())
+
+
+def temperature(atoms: Atoms, settings: MDSettings) -> float:
+    """Instantaneous temperature in K: 2 K / (f kB), with f from :func:`degrees_of_freedom`; 0.0 where f is 0.
+
+    Where f leaves out the net momentum P, so does K: it is the kinetic energy about the centre of mass, sum p_i^2 / 2m_i
+    less P^2 / 2M (Koenig's theorem: Goldstein, Classical Mechanics, section 1.2; f: Allen and Tildesley, Computer
+    Simulation of Liquids, section 2.4). A structure whose centre of mass moves, such as the last frame of a Langevin
+    run, is no hotter for it.
+    """
+    freedom = degrees_of_freedom(atoms, settings)
+    if freedom == 0:
+        return 0.0
+    kinetic = float(atoms.get_kinetic_energy())
+    if _leaves_net_momentum_out(atoms, settings):
+        net = atoms.get_momenta().sum(axis=0)
+        kinetic -= float(net @ net) / (2 * float(atoms.get_masses().sum()))
+    # Of atoms that move as one the difference is rounding, of either sign.
+    return max(2 * kinetic / (freedom * units.kB), 0.0)
+
+
+def _leaves_net_momentum_out(atoms: Atoms, settings: MDSettings) -> bool:
+    langevin = settings.ensemble == "nvt" and settings.thermostat == "langevin"
+    return not (atoms.constraints or len(atoms) == 1 or langevin)
 
 
 def integrator(atoms: Atoms, settings: MDSettings) -> MolecularDynamics:
