@@ -176,6 +176,49 @@ def test_charge_and_spin(variant: str, frozen: bool) -> None:
     assert len(set(energies)) == 4, "charge and spin change the energy"
 
 
+NOT_TAKEN: tuple[tuple[dict[str, object], str], ...] = (
+    ({"charge": 30}, r"total_charge \(atoms.info\['charge'\]\) is 30; the model takes integers from -5 to 5"),
+    ({"charge": -6}, "total_charge .* is -6; .* from -5 to 5"),
+    ({"charge": -0.5}, "total_charge .* is -0.5; .* integers"),
+    ({"charge": np.nan}, "total_charge .* is nan"),
+    ({"charge": "plus"}, "total_charge .* is 'plus'; the model takes one number"),
+    ({"charge": [1, 2]}, r"total_charge .* is \[1, 2\]; the model takes one number"),
+    ({"spin": 11}, "total_spin .* is 11; the model takes integers from 0 to 10"),
+    ({"total_charge": 1}, r"atoms.info\['total_charge'\] is 1, .* read from atoms.info\['charge'\], .* not set"),
+    ({"spin": 2, "total_spin": 3}, r"atoms.info\['total_spin'\] is 3, .* atoms.info\['spin'\], which is 2"),
+)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_charge_and_spin_that_the_model_cannot_take(frozen: bool) -> None:
+    calculator = ours(build("embeddings"), frozen=frozen)
+    for info, said in NOT_TAKEN:
+        bad = structure("dimer")
+        bad.info.update(info)
+        bad.calc = calculator
+        with pytest.raises(StructureError, match="^" + said):
+            bad.get_potential_energy()
+        with pytest.raises(StructureError, match="^structure 1: " + said):
+            calculator.evaluate([structure("dimer"), bad])
+
+
+def test_ends_of_the_range_and_another_name_of_the_same() -> None:
+    atoms = structure("dimer")
+    atoms.calc = ours(build("embeddings"))
+    neutral, energies = atoms.get_potential_energy(), set()
+    atoms.info["total_charge"] = 0  # as the default
+    assert atoms.get_potential_energy() == neutral
+    for charge in (-5, 5):
+        atoms.info.update(charge=charge, total_charge=charge, spin=10)
+        energies.add(atoms.get_potential_energy())
+    assert len(energies) == 2
+    # Here the feature's own name is where it is read.
+    atoms = structure("dimer")
+    atoms.info["total_charge"] = 5
+    atoms.calc = ours(build("embeddings"), info_keys={"total_charge": "total_charge", "total_spin": "spin"})
+    assert atoms.get_potential_energy() not in (neutral, *energies)
+
+
 def test_changed_charge_is_noticed() -> None:
     atoms = structure("dimer")
     atoms.calc = ours(build("embeddings"))

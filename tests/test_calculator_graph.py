@@ -126,3 +126,19 @@ def test_missing_feature_is_named() -> None:
     atoms.arrays["site"] = np.array([3.0])
     data = builder(atoms)
     assert data["external"].tolist() == [2.0] and data["site"].tolist() == [[3.0]]
+
+
+@pytest.mark.parametrize("kind", ["continuous", "categorical"])
+def test_features_of_atoms_are_checked(kind: str) -> None:
+    specs = {"site": {"per": "atom", "type": kind, "num_classes": 3, "offset": 1, "in_dim": 1}}
+    builder = GraphBuilder([1], CUTOFF, torch.device("cpu"), torch.float64, 0, specs, {}, {"site": "mine"})
+    atoms = Atoms("H2", positions=[[0, 0, 0], [1, 0, 0]])
+    atoms.arrays["mine"] = np.array([-1.0, 1.0])
+    assert builder(atoms)["site"].tolist() == [[-1.0], [1.0]]
+    for value in (np.nan, np.inf, 2.0, 0.5) if kind == "categorical" else (np.nan, np.inf):
+        atoms.arrays["mine"] = np.array([0.0, value])
+        with pytest.raises(StructureError, match=r"site of atom 1 \(atoms.arrays\['mine'\]\) is .*; the model takes"):
+            builder(atoms)
+    atoms.arrays["mine"] = np.array(["a", "b"])
+    with pytest.raises(StructureError, match="numbers for each atom"):
+        builder(atoms)

@@ -42,6 +42,8 @@ class MACEFastCalculator(Calculator):
     - Results are float64 arrays whatever the model's dtype; the energy is summed over atoms in float64.
     - An unknown head is an error and not the last head; an element that the model does not know, a position
       that is not a number and a result that is not finite are errors that say so.
+    - A charge or spin that the model does not know is an error, and so is one under the feature's own name, such as
+      ``atoms.info["total_charge"]``, where ``info_keys`` names another.
     - The given modules, torch's default dtype and ASE's Calculator class are left as they are.
 
     Args:
@@ -53,7 +55,8 @@ class MACEFastCalculator(Calculator):
         default_dtype: ``"float32"`` or ``"float64"``; empty keeps the model's.
         charges_key: the array in which atomic charges are stored.
         info_keys, arrays_keys: where in ``atoms.info`` and ``atoms.arrays`` a model's further inputs are
-            found, as ``{"total_spin": "spin", "total_charge": "charge"}``.
+            found, as ``{"total_spin": "spin", "total_charge": "charge"}``. A structure that gives none has the charge 0
+            (e) and the spin 1 (multiplicity).
         model_type: ``"MACE"``; the others have no energy alone and are refused.
         compile_mode, fullgraph, enable_cueq, enable_oeq, pad_num_atoms, pad_num_edges, warmup: settings of
             other
@@ -299,7 +302,7 @@ class MACEFastCalculator(Calculator):
         wanted = Wanted.of(asked, self.compute_atomic_stresses)
         given = list(structures)
         if self.stepper is None or wanted.atomic_stresses:
-            return [self._results(self._evaluate_graph(atoms, wanted), atoms) for atoms in given]
+            return [self._one_of_many(number, atoms, wanted) for number, atoms in enumerate(given)]
         if self._batches is None:
             # Its lists and graphs are not those of dynamics.
             self._batches = self.stepper.like(skin=0.0, varied=True)
@@ -319,6 +322,12 @@ class MACEFastCalculator(Calculator):
             for number, result in zip(chosen, self._in_units(outputs, batch.species, batch.ptr), strict=True):
                 results[number] = result
         return results
+
+    def _one_of_many(self, number: int, atoms: Atoms, wanted: Wanted) -> dict[str, Any]:
+        try:
+            return self._results(self._evaluate_graph(atoms, wanted), atoms)
+        except StructureError as exc:
+            raise StructureError(f"structure {number}: {exc}") from exc
 
     def get_hessian(self, atoms: Atoms | None = None) -> np.ndarray | list[np.ndarray]:
         """Second derivatives of the energy, [3N, N, 3] in the model's units; a list of them for a

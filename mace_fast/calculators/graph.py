@@ -82,7 +82,8 @@ class GraphBuilder:
 
         Raises:
             StructureError: no atoms, an unknown element, positions or a cell that are not finite, a
-                periodic direction without extent, a feature that the model takes and the structure lacks.
+                periodic direction without extent; a feature that the model takes and the structure lacks, gives under
+                another name, or gives a value that :func:`check_feature` refuses.
         """
         # ASE's getters copy; a position array may be of another dtype where a user put it there.
         positions = np.asarray(atoms.positions, dtype=np.float64)
@@ -179,12 +180,20 @@ class GraphBuilder:
             per_atom = spec["per"] == "atom"
             keys, values = (self.arrays_keys, atoms.arrays) if per_atom else (self.info_keys, atoms.info)
             key = keys.get(name, name)
+            place = "atoms.arrays" if per_atom else "atoms.info"
             value = values.get(key, FEATURE_DEFAULTS.get(name))
+            # mace-torch's calculator overlooks what the feature's own name says, and so takes another charge.
+            if key != name and name in values and not np.array_equal(values[name], value):
+                found = f"is {values[key]!r}" if key in values else "is not set"
+                setting = "arrays_keys" if per_atom else "info_keys"
+                raise StructureError(
+                    f"{place}[{name!r}] is {values[name]!r}, but {name} is read from {place}[{key!r}], which {found}: "
+                    f"rename it, or make the calculator with {setting}={{{name!r}: {name!r}}}"
+                )
             if value is None:
-                place = "atoms.arrays" if per_atom else "atoms.info"
                 raise StructureError(f"the model takes {name!r}, which the structure lacks; set {place}[{key!r}]")
-            array = np.asarray(value, dtype=np.float64)
-            features[name] = array.reshape(len(atoms), -1) if per_atom else array.reshape(1)
+            where = f"{place}[{key!r}]" if key in values else f"the default, as {place}[{key!r}] is not set"
+            features[name] = check_feature(name, spec, value, len(atoms) if per_atom else 1, where)
         return features
 
     def _check_geometry(self, positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> None:
@@ -226,6 +235,43 @@ def naming(kind: str, count: int, check: Callable[[int], object]) -> Iterator[No
             except StructureError as exc:
                 raise StructureError(f"{kind} {number}: {exc}") from exc
         raise
+
+
+def check_feature(name: str, spec: Mapping[str, Any], value: Any, count: int, where: str) -> np.ndarray:
+    """A further input of the model as float64, in mace-torch's shapes: [G] for graphs, [N, columns] for atoms.
+
+    Args:
+        name: of the feature.
+        spec: its entry in the model's ``embedding_specs``. Of a categorical feature the model knows the integers from
+            ``-offset`` to ``num_classes - 1 - offset`` (mace.modules.embeddings, which rounds others towards zero after
+            the offset is added, and reads past the end of its table).
+        value: numbers, one for a graph, one or more for an atom.
+        count: of graphs or atoms.
+        where: the value was found, for the message.
+
+    Raises:
+        StructureError: no numbers or not as many, not finite, not an integer or out of range where it is categorical.
+    """
+    per_atom = spec["per"] == "atom"
+    try:
+        array = np.asarray(value, dtype=np.float64)
+        array = array.reshape(count, -1) if per_atom else array.reshape(count)
+    except (TypeError, ValueError) as exc:
+        wanted = "numbers for each atom" if per_atom else "one number"
+        raise StructureError(f"{name} ({where}) is {value!r}; the model takes {wanted}") from exc
+    bad = ~np.isfinite(array)
+    takes = "finite numbers"
+    if spec.get("type") == "categorical":
+        offset = spec.get("offset", 0)
+        smallest, largest = -offset, spec["num_classes"] - 1 - offset
+        takes = f"integers from {smallest} to {largest}"
+        with np.errstate(invalid="ignore"):
+            bad |= (array != np.rint(array)) | (array < smallest) | (array > largest)
+    if bad.any():
+        row = int(np.argwhere(bad)[0, 0])
+        of_which = f" of atom {row}" if per_atom else ""
+        raise StructureError(f"{name}{of_which} ({where}) is {array[bad][0]:g}; the model takes {takes}")
+    return array
 
 
 def check_structures(positions: np.ndarray, cells: np.ndarray, pbc: np.ndarray, ptr: np.ndarray) -> None:

@@ -45,10 +45,10 @@ def degrees_of_freedom(atoms: Atoms, settings: MDSettings) -> int:
 def temperature(atoms: Atoms, settings: MDSettings) -> float:
     """Instantaneous temperature in K: 2 K / (f kB), with f from :func:`degrees_of_freedom`; 0.0 where f is 0.
 
-    Where f leaves out the net momentum P, so does K: it is the kinetic energy about the centre of mass, sum p_i^2 / 2m_i
-    less P^2 / 2M (Koenig's theorem: Goldstein, Classical Mechanics, section 1.2; f: Allen and Tildesley, Computer
-    Simulation of Liquids, section 2.4). A structure whose centre of mass moves, such as the last frame of a Langevin
-    run, is no hotter for it.
+    Where f leaves out the net momentum P, so does K: it is the kinetic energy about the centre of mass, the sum of
+    p_i^2 / 2m_i less P^2 / 2M (Koenig's theorem: Goldstein, Classical Mechanics, section 1.2; f: Allen and Tildesley,
+    Computer Simulation of Liquids, section 2.4). A structure whose centre of mass moves, such as the last frame of a
+    Langevin run, is no hotter for it.
     """
     freedom = degrees_of_freedom(atoms, settings)
     if freedom == 0:
