@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -112,3 +113,48 @@ def test_calculators_and_refusals(torch_sim: Any, rng: np.random.Generator) -> N
     torn.positions[0, 0] = np.nan
     with pytest.raises(StructureError, match="system 1: the position of atom 0"):
         model(state_of(torch_sim, [structures[0], torn]))
+
+
+def test_charge_and_spin(torch_sim: Any, rng: np.random.Generator) -> None:
+    """Of the state or of the model; a default is warned of, once, and a charge that a run loses is an error."""
+    calculator = MACEFastCalculator(models=build("embeddings"), verify=False)
+    model_class = importlib.import_module(NAME).MACEFastModel
+    structures = [crystal(rng), crystal(rng)]
+
+    def expected(charges: list[int], spins: list[int]) -> list[float]:
+        copies = [atoms.copy() for atoms in structures]
+        for atoms, charge, spin in zip(copies, charges, spins, strict=True):
+            atoms.info.update(charge=charge, spin=spin)
+        return [found["energy"] for found in calculator.evaluate(copies, ("energy",))]
+
+    def fields(**more: Any) -> dict[str, Any]:
+        state = state_of(torch_sim, structures)
+        names = ("positions", "cell", "pbc", "atomic_numbers", "system_idx")
+        return {**{name: getattr(state, name) for name in names}, **more}
+
+    def energies(model: Any, **more: Any) -> list[float]:
+        return model(fields(**more))["energy"].tolist()  # type: ignore[no-any-return]
+
+    model = model_class(calculator)
+    with pytest.warns(UserWarning) as caught:
+        assert energies(model) == pytest.approx(expected([0, 0], [1, 1]))
+        energies(model)
+    said = [str(warning.message) for warning in caught if "the state has no field" in str(warning.message)]
+    assert len(said) == 2
+    assert "'total_charge'" in said[1] and "gets 0. Set state.charge" in said[1]
+    assert "'total_spin'" in said[0] and "gets 1. Set state.spin" in said[0]
+
+    given = {"charge": torch.tensor([1.0, -2.0]), "spin": torch.tensor([2, 3])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert energies(model, **given) == pytest.approx(expected([1, -2], [2, 3]))
+        constant = model_class(calculator, features={"total_charge": 1, "total_spin": 2})
+        assert energies(constant) == pytest.approx(expected([1, 1], [2, 2]))
+        assert energies(constant, **given) == pytest.approx(expected([1, -2], [2, 3]))
+    with pytest.raises(StructureError, match=r"earlier state had total_spin.*features=\{'total_spin'"):
+        energies(model)
+    for charge, value in ((torch.tensor([0, 30]), "30"), (torch.tensor([0.0, torch.nan]), "nan")):
+        with pytest.raises(StructureError, match=f"system 1: total_charge .* is {value}; .* integers from -5 to 5"):
+            energies(model, charge=charge, spin=given["spin"])
+    with pytest.raises(ValueError, match="'charge'.*the model takes total_spin, total_charge"):
+        model_class(calculator, features={"charge": 1})

@@ -11,6 +11,7 @@ Needs torch-sim (``pip install torch-sim-atomistic``), which nothing else in mac
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,14 @@ import torch
 from torch import Tensor
 
 from mace_fast.calculators.ase import MACEFastCalculator
-from mace_fast.calculators.graph import FEATURE_DEFAULTS, check_cells, check_positions, check_structures, naming
+from mace_fast.calculators.graph import (
+    FEATURE_DEFAULTS,
+    check_cells,
+    check_feature,
+    check_positions,
+    check_structures,
+    naming,
+)
 from mace_fast.calculators.results import total_energies
 from mace_fast.calculators.screening import Model
 from mace_fast.errors import MissingToolError, StructureError, UnsupportedModuleError
@@ -37,6 +45,9 @@ def _interface() -> Any:
 
 _ModelInterface: Any = _interface()
 
+# The fields of a state whose names are not those of the features.
+_FIELDS = {"total_charge": "charge", "total_spin": "spin"}
+
 
 class MACEFastModel(_ModelInterface):
     """A MACE model for torch-sim. Between calls it keeps the neighbour list, with a skin, and CUDA graphs.
@@ -47,12 +58,17 @@ class MACEFastModel(_ModelInterface):
     Args:
         model: a file, a public model's name, a module, or a :class:`MACEFastCalculator` whose frozen program is used.
         compute_forces, compute_stress: what :meth:`forward` returns; both can be set later.
+        features: what every system has of the model's further inputs where the state does not say, as
+            ``{"total_charge": 1, "total_spin": 2}`` (e, multiplicity). A state says it in its fields ``charge`` and
+            ``spin``, [systems] each. torch-sim 0.3 has no such fields, makes states from atoms without them, and loses
+            those that are set when a run begins. What neither says is 0 and 1, with a warning.
         **settings: of the calculator that is made (``device``, ``default_dtype``, ``head``, ``skin``, ``cuda_graph``,
             ``verify`` ...).
 
     Raises:
         UnsupportedModuleError: the model has no frozen form.
         TypeError: settings beside a calculator.
+        ValueError: ``features`` names what the model does not take.
     """
 
     def __init__(
@@ -61,6 +77,7 @@ class MACEFastModel(_ModelInterface):
         *,
         compute_forces: bool = True,
         compute_stress: bool = True,
+        features: Mapping[str, float] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
@@ -79,6 +96,13 @@ class MACEFastModel(_ModelInterface):
         self._dtype = getattr(torch, calculator.default_dtype)
         self._compute_forces, self._compute_stress = compute_forces, compute_stress
         self._memory_scales_with = "n_atoms_x_density"
+        self._features = dict(features or {})
+        self._stated: set[str] = set()
+        known = calculator._build_graph.feature_specs
+        for name in self._features:
+            if name not in known:
+                raise ValueError(f"features={self._features}: the model takes {', '.join(known) or 'none'}")
+        self._warned: set[str] = set()
 
     @property
     def compute_forces(self) -> bool:
@@ -105,7 +129,8 @@ class MACEFastModel(_ModelInterface):
             state: torch-sim's ``SimState``, or a mapping with its fields.
 
         Raises:
-            StructureError: as the ASE calculator; names the system.
+            StructureError: as the ASE calculator; names the system. Also a state without a charge (or spin ...) after
+                one that had it: a run that began with it has lost it.
             ValueError: the atoms of a system do not follow one another.
         """
         positions = _field(state, "positions")
@@ -152,8 +177,53 @@ class MACEFastModel(_ModelInterface):
             pbc=np.ascontiguousarray(periodic),
             species=builder.species_index(numbers),
             ptr=ptr,
-            features={name: _feature(state, name, spec, len(cells)) for name, spec in builder.feature_specs.items()},
+            features={name: self._feature(state, name, spec, ptr) for name, spec in builder.feature_specs.items()},
             head=builder.head,
+        )
+
+    def _feature(self, state: Any, name: str, spec: Mapping[str, Any], ptr: np.ndarray) -> np.ndarray:
+        """A further input of the model, [systems] or [atoms, columns] float64: the state's, else the one that was given
+        for all systems, else mace-torch's default."""
+        systems, atoms = len(ptr) - 1, int(ptr[-1])
+        per_atom = spec["per"] == "atom"
+        field = _FIELDS.get(name, name)
+        value = state.get(field) if isinstance(state, Mapping) else getattr(state, field, None)
+        where = f"the state's field {field!r}"
+        if value is not None:
+            self._stated.add(name)
+        elif name in self._features:
+            value, where = np.full(atoms if per_atom else systems, self._features[name]), "features of this model"
+        elif name in self._stated:
+            raise StructureError(
+                f"an earlier state had {name} in its field {field!r}, which this one lacks: torch-sim loses it in a "
+                f"run; give MACEFastModel(..., features={{{name!r}: ...}}), for all systems"
+            )
+        elif name in FEATURE_DEFAULTS and not per_atom:
+            value, where = np.full(systems, FEATURE_DEFAULTS[name]), "the default"
+            self._warn_of_default(name, field)
+        else:
+            raise StructureError(f"the model takes {name!r}, which the state lacks; set its field {field!r}")
+        array = _numpy(value, np.float64)
+        starts = ptr if per_atom else np.arange(systems + 1)
+
+        def check(number: int) -> None:
+            begin, end = int(starts[number]), int(starts[number + 1])
+            check_feature(name, spec, array[begin:end], end - begin, where)
+
+        with naming("system", systems, check):
+            return check_feature(name, spec, array, atoms if per_atom else systems, where)
+
+    def _warn_of_default(self, name: str, field: str) -> None:
+        if name in self._warned:
+            return
+        self._warned.add(name)
+        warnings.warn(
+            f"the model takes {name!r}, and the state has no field {field!r}: every system gets "
+            f"{FEATURE_DEFAULTS[name]:g}. Set state.{field} (one number a system), or give "
+            f"MACEFastModel(..., features={{{name!r}: ...}}) for all systems; in torch-sim 0.3 "
+            "atoms_to_state makes no such field of atoms.info",
+            UserWarning,
+            stacklevel=4,
         )
 
 
@@ -165,15 +235,3 @@ def _numpy(values: Any, dtype: Any) -> np.ndarray:
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
     return np.asarray(values, dtype=dtype)
-
-
-def _feature(state: Any, name: str, spec: Mapping[str, Any], systems: int) -> np.ndarray:
-    """A further input of the model: torch-sim's states carry a charge and a spin where they are given."""
-    field = {"total_charge": "charge", "total_spin": "spin"}.get(name, name)
-    value = state.get(field) if isinstance(state, Mapping) else getattr(state, field, None)
-    if value is not None:
-        array = _numpy(value, np.float64)
-        return array.reshape(len(array), -1) if spec["per"] == "atom" else array.reshape(systems)
-    if name not in FEATURE_DEFAULTS or spec["per"] == "atom":
-        raise StructureError(f"the model takes {name!r}, which the state lacks; set its field {field!r}")
-    return np.full(systems, FEATURE_DEFAULTS[name])
