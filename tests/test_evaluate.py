@@ -123,6 +123,23 @@ def test_errors_name_the_structure(rng: np.random.Generator) -> None:
         by.evaluate([crystal(rng)], atoms_per_batch=-1)
 
 
+def test_one_property_and_what_is_no_list_of_structures() -> None:
+    by, atoms = calculator(build()), Atoms("OH", positions=[[0, 0, 0], [0, 0, 1.0]])
+    (one,), (listed,) = evaluate([atoms], by, "energy"), evaluate([atoms], by, ("energy",))
+    assert one.keys() == listed.keys() and one["energy"] == listed["energy"] and "forces" not in one
+    assert "forces" in evaluate([atoms], by, "forces")[0]
+    by.calculate(atoms, "forces")
+    assert "forces" in by.results
+    wrong: Any
+    for wrong, said in (
+        (atoms, r"got one Atoms: give it in a list, \[atoms\]"),
+        ("frames.xyz", "got 'frames.xyz': read a file with ase.io.read"),
+        ([atoms, "H"], "structure 1 is of the class str"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            evaluate(wrong, by)
+
+
 def test_batches_are_full_and_of_like_sizes(rng: np.random.Generator) -> None:
     sizes = rng.integers(1, 50, 200).tolist()
     batches = pack(sizes, 100)

@@ -244,7 +244,7 @@ class MACEFastCalculator(Calculator):
     def calculate(
         self,
         atoms: Atoms | None = None,
-        properties: Iterable[str] | None = None,
+        properties: str | Iterable[str] | None = None,
         system_changes: list[str] = all_changes,
     ) -> None:
         """Fill :attr:`results`; ASE calls this when a property is asked for. ``properties=None`` means all
@@ -258,7 +258,7 @@ class MACEFastCalculator(Calculator):
             atoms = self.atoms
         else:
             self._last = Snapshot.of(atoms)
-        asked = frozenset(self.implemented_properties if properties is None else properties)
+        asked = _names(self.implemented_properties if properties is None else properties)
         if system_changes:
             self.results = {}
             self._asked_before, self._asked = self._asked, frozenset()
@@ -277,7 +277,7 @@ class MACEFastCalculator(Calculator):
     def evaluate(
         self,
         structures: Iterable[Atoms],
-        properties: Iterable[str] = ("energy", "forces"),
+        properties: str | Iterable[str] = ("energy", "forces"),
         *,
         atoms_per_batch: int | None = None,
     ) -> list[dict[str, Any]]:
@@ -292,15 +292,16 @@ class MACEFastCalculator(Calculator):
         Raises:
             PropertyNotImplementedError: of a property that :attr:`implemented_properties` does not list.
             StructureError: names the number of the structure, from 0.
+            TypeError: one structure in place of several, or something that is none.
         """
-        asked = frozenset(properties)
+        asked = _names(properties)
         unknown = sorted(asked - set(self.implemented_properties))
         if unknown:
             raise PropertyNotImplementedError(
                 f"{', '.join(unknown)}: this model has {', '.join(self.implemented_properties)}"
             )
         wanted = Wanted.of(asked, self.compute_atomic_stresses)
-        given = list(structures)
+        given = _several(structures)
         if self.stepper is None or wanted.atomic_stresses:
             return [self._one_of_many(number, atoms, wanted) for number, atoms in enumerate(given)]
         if self._batches is None:
@@ -411,6 +412,25 @@ class MACEFastCalculator(Calculator):
             self._isolated = np.atleast_2d(table)[self._build_graph.head]
         # node_energy leaves out the first model's energies of the isolated atoms.
         return ase_results(outputs, self._isolated[species], ptr, self.energy_units_to_eV, self.length_units_to_A)
+
+
+def _names(properties: str | Iterable[str]) -> frozenset[str]:
+    """One name is one property, and not its letters."""
+    return frozenset([properties] if isinstance(properties, str) else properties)
+
+
+def _several(structures: Iterable[Atoms]) -> list[Atoms]:
+    if isinstance(structures, Atoms):  # whose elements are of the class Atom
+        raise TypeError("evaluate takes several structures, and got one Atoms: give it in a list, [atoms]")
+    if isinstance(structures, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"evaluate takes structures, and got {structures!r}: read a file with ase.io.read(..., index=':')"
+        )
+    given = list(structures)
+    for number, atoms in enumerate(given):
+        if not isinstance(atoms, Atoms):
+            raise TypeError(f"structure {number} is of the class {type(atoms).__name__}, and not ase.Atoms")
+    return given
 
 
 def _one(atoms: Atoms) -> np.ndarray:

@@ -18,7 +18,7 @@ Model = str | os.PathLike[str] | torch.nn.Module
 def evaluate(
     structures: Iterable[Atoms],
     model: MACEFastCalculator | Model | Sequence[Model],
-    properties: Iterable[str] = ("energy", "forces"),
+    properties: str | Iterable[str] = ("energy", "forces"),
     *,
     atoms_per_batch: int | None = None,
     **settings: Any,
@@ -34,7 +34,8 @@ def evaluate(
         structures: what to evaluate.
         model: a calculator, which keeps what it has compiled and proven for the next call; or a file, a name, a module,
             or several for a committee, of which a calculator is made for this call.
-        properties: which to compute; with forces or stress come ``energy``, ``energies``, ``node_energy``.
+        properties: which to compute, one name or several; with forces or stress come ``energy``, ``energies``,
+            ``node_energy``.
         atoms_per_batch: see :meth:`MACEFastCalculator.evaluate`.
         **settings: of the calculator that is made (``device``, ``default_dtype``, ``head``, ``verify`` ...).
 
@@ -42,7 +43,7 @@ def evaluate(
         For each structure, in order, what its calculator's ``results`` would hold, in ASE's units and shapes.
 
     Raises:
-        TypeError: settings beside a calculator.
+        TypeError: settings beside a calculator; one structure in place of several, or something that is none.
         StructureError: names the number of the structure, from 0.
     """
     if isinstance(model, MACEFastCalculator):
