@@ -492,7 +492,7 @@ def test_wrong_arguments(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 
 
 def test_head_must_be_named() -> None:
-    with pytest.raises(ValueError, match=r"several heads.*first.*second.*third"):
+    with pytest.raises(ValueError, match=r"several heads.*--head.*first.*second.*third"):
         ours(build("multi_head"))
 
 

@@ -66,6 +66,25 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
     assert "--json" in out
 
 
+@pytest.mark.parametrize("command", ["convert", "verify", "bench", "md", "relax"])
+def test_help_shows_the_defaults(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also those that are no values: rich would take their brackets for its markup, and drop them."""
+    _, out, _ = run(capsys, command, "--help")
+    shown = " ".join(out.replace("│", " ").split())
+    expected = ["[default: the model's]", "[default: cuda if there is one, else cpu]"]
+    if command == "bench":
+        expected += ["[default: 64, 256]", "[default: a crystal of the model's elements]", "[default: 10]"]
+    if command == "md":
+        expected += ["[default: 1000]", "[default: langevin]"]
+    for default in expected:
+        assert default in shown
+
+
+def test_help_says_where_charge_and_spin_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("md", "relax"):
+        assert "charge=1 spin=2" in run(capsys, command, "--help")[1]
+
+
 def test_as_a_program(folder: Path) -> None:
     """One run through a fresh interpreter: nothing but JSON on standard output, whatever imports print."""
     command = [sys.executable, "-m", "mace_fast.cli"]

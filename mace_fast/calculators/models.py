@@ -27,7 +27,9 @@ def choose_head(head: str | None, available: list[str]) -> str:
     if head is None:
         defaults = available if len(available) == 1 else [name for name in available if name.lower() == "default"]
         if not defaults:
-            raise ValueError(f"the model has several heads and none is called default: give head= one of {available}")
+            raise ValueError(
+                f"the model has several heads and none is called default: give head= (--head) one of {available}"
+            )
         return defaults[0]
     if head not in available:
         raise ValueError(f"head={head!r}: the model's heads are {available}")

@@ -154,6 +154,9 @@ def md(
     Ctrl-C or SIGTERM stops after the step, with everything written (exit status 130). A stopped or killed run goes on
     with the same command and --restart.
 
+    Charge and spin, for a model that takes them: charge=1 spin=2 among the keys of an extended XYZ file, in e and as
+    multiplicity (atoms.info in other formats); else 0 and 1.
+
     Example: mace-fast md structure.cif --model my.model --temperature 300 --steps 1000
 
     Equilibrate at 1 bar: mace-fast md liquid.xyz -m my.model --ensemble npt --temperature 350 --steps 50000 -o npt

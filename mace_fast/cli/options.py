@@ -35,9 +35,9 @@ ModelOption = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option(help="cpu, cuda, cuda:1 ...  [default: cuda if there is one, else cpu]", show_default=False),
+    typer.Option(help="cpu, cuda, cuda:1 ...  \\[default: cuda if there is one, else cpu]", show_default=False),
 ]
-Dtype = Annotated[Precision | None, typer.Option(help="Precision.  [default: the model's]", show_default=False)]
+Dtype = Annotated[Precision | None, typer.Option(help="Precision.  \\[default: the model's]", show_default=False)]
 Head = Annotated[str | None, typer.Option(help="The model's head, if it has several.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Results as one JSON object on standard output.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]

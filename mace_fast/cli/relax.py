@@ -69,6 +69,9 @@ def relax(
     Constraints in the file hold. Exit status 1 if it does not converge, 130 if stopped by Ctrl-C; the last structure is
     written either way.
 
+    Charge and spin, for a model that takes them: charge=1 spin=2 among the keys of an extended XYZ file, in e and as
+    multiplicity (atoms.info in other formats); else 0 and 1.
+
     Example: mace-fast relax structure.cif --model my.model --cell full --fmax 0.01
 
     A molecule or a slab: mace-fast relax slab.xyz -m my.model -o slab
