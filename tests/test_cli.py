@@ -270,6 +270,26 @@ def test_wrong_usage_is_status_2(arguments: tuple[str, ...], capsys: pytest.Capt
     assert run(capsys, *arguments)[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "said"),
+    [
+        ("md", ("--pressure", "10", "--cell", "full"), "pressure=10.0 does nothing with nvt and thermostat langevin"),
+        ("md", ("--pressure", "0.0001"), "--pressure does nothing here: it is of npt"),
+        ("md", ("--ensemble", "nve", "--thermostat", "bussi"), "thermostat=bussi does nothing with nve: it is of nvt"),
+        ("md", ("--ensemble", "nve", "--thermostat", "langevin"), "--thermostat does nothing here"),
+        ("md", ("--thermostat", "bussi", "--friction", "3"), "friction=3.0 does nothing with nvt and thermostat bussi"),
+        ("md", ("--thermostat-time", "100"), "--thermostat-time does nothing here"),
+        ("bench", ("--atoms", "30", "--structure", "cu.cif"), "--atoms does nothing with --structure"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    command: str, options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("bench", "y") if command == "bench" else ("md", "x.cif", "-m", "y")
+    status, _, err = run(capsys, *arguments, *options)
+    assert status == 2 and said in " ".join(err.replace("│", " ").split())
+
+
 @pytest.mark.parametrize("options", [("--head", "surface"), ("--device", "mps")])
 def test_arguments_that_the_model_refuses(
     options: tuple[str, str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

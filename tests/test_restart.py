@@ -23,7 +23,7 @@ from mace_fast.errors import RestartError
 from mace_fast.md import dynamics as dynamics_module
 from mace_fast.md.dynamics import MDResult, require_unused, run
 from mace_fast.md.files import locked
-from mace_fast.md.restart import RESTART_FILE, load_restart
+from mace_fast.md.restart import RESTART_FILE, load_restart, save_restart
 from mace_fast.md.settings import MDSettings
 
 RUNS = {
@@ -203,6 +203,14 @@ def test_finished_run_is_not_run_again(seed: int, tmp_path: Path) -> None:
     again = start(settings, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert again.samples == first.samples and again.steps_done == 9 and again.ns_per_day > 0
+
+
+def test_settings_that_nothing_reads_may_differ(unfinished: Path) -> None:
+    """Earlier versions took, and wrote down, settings that the dynamics do not read; they are refused now."""
+    path = unfinished / RESTART_FILE
+    saved = load_restart(path)
+    save_restart(path, replace(saved, settings={**saved.settings, "thermostat": "bussi", "friction": 3.0}))
+    assert start(settings_of("nve", 20, 1), unfinished).steps_done == 20
 
 
 def test_rarely_written_restart_file_changes_nothing(seed: int, tmp_path: Path) -> None:

@@ -67,6 +67,10 @@ def bench(
     # After mace_fast, which imports mace quietly.
     from mace.calculators import MACECalculator  # isort: skip
 
+    if atoms and structure:
+        raise typer.BadParameter(
+            "--atoms does nothing with --structure, which has the atoms that it has; leave one out"
+        )
     place = choose_device(device)
     original = require_energy_model(load_model(model, place, dtype))
     precision = str(model_dtype(original)).removeprefix("torch.")

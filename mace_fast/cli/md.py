@@ -63,6 +63,7 @@ _FILES = "Files and restarts"
 
 
 def md(
+    context: typer.Context,
     structure: Structure,
     model: ModelOption,
     steps: Annotated[
@@ -185,6 +186,10 @@ def md(
             trajectory=trajectory.value,
             restart_interval=restart_interval,
         )
+    # The settings refuse what these dynamics do not read; here also where the default is given.
+    for name, where in settings.without_effect().items():
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
+            raise typer.BadParameter(f"--{name.replace('_', '-')} does nothing here: it is {where}")
 
     from mace_fast.md.dynamics import PICTURE_FILE, require_unused, run
     from mace_fast.md.picture import draw_run

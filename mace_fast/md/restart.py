@@ -59,16 +59,17 @@ class Restart:
         atoms.set_momenta(self.momenta, apply_constraint=False)
 
     def require_same(self, settings: MDSettings, identity: Mapping[str, str], path: Path) -> None:
-        """Refuse to go on with another structure, model or setting; ``steps`` alone may change.
+        """Refuse to go on with another structure, model or setting; ``steps`` alone may change, and
+        what the dynamics do not read.
 
         Raises:
             RestartError: names every difference.
         """
-        now = asdict(settings)
+        now, unread = asdict(settings), settings.without_effect()
         differences = [
             f"{name} was {self.settings.get(name)} and is now {now[name]}"
             for name in now
-            if name != "steps" and self.settings.get(name) != now[name]
+            if name != "steps" and name not in unread and self.settings.get(name) != now[name]
         ]
         for name in sorted({*self.identity, *identity}):
             before, given = self.identity.get(name, "not recorded"), identity.get(name, "not given")

@@ -34,7 +34,7 @@ class MDSettings:
         restart_interval: steps between restart points, at each of which the calculator starts afresh.
 
     Raises:
-        ValueError: names the setting that makes no sense.
+        ValueError: names the setting that makes no sense, or that these dynamics do not read.
     """
 
     steps: int
@@ -73,8 +73,26 @@ class MDSettings:
         for name in ("timestep", "friction", "thermostat_time", "barostat_time", "temperature", "pressure"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be finite, and is {getattr(self, name)}")
+        for name, where in self.without_effect().items():
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{name}={getattr(self, name)} does nothing with {self._dynamics}: it is {where}")
         if self.temperature == 0 and self.rescales_momenta:
             raise ValueError("temperature must be above 0 for this thermostat; thermostat='langevin' cools to 0 K")
+
+    def without_effect(self) -> dict[str, str]:
+        """The settings that this run does not read, and of which runs they are; they keep their defaults."""
+        langevin = self.ensemble == "nvt" and self.thermostat == "langevin"
+        read = {
+            "thermostat": (self.ensemble == "nvt", "of nvt"),
+            "friction": (langevin, "of nvt with thermostat langevin"),
+            "thermostat_time": (self.rescales_momenta, "of npt, and of nvt with thermostat nose-hoover or bussi"),
+            **dict.fromkeys(("pressure", "barostat_time", "cell"), (self.ensemble == "npt", "of npt")),
+        }
+        return {name: where for name, (is_read, where) in read.items() if not is_read}
+
+    @property
+    def _dynamics(self) -> str:
+        return self.ensemble + (f" and thermostat {self.thermostat}" if self.ensemble == "nvt" else "")
 
     @property
     def rescales_momenta(self) -> bool:
