@@ -176,6 +176,11 @@ def test_restart_of_another_run(crystal: Path, tmp_path: Path, capsys: pytest.Ca
     output = tmp_path / "out"
     status, _, err = run(capsys, "md", crystal, "--steps", 5, "-o", output, "--restart")
     assert status == 0 and "no run to continue" in err
+    for steps in (5, 3):
+        status, _, err = run(capsys, "md", crystal, "--steps", steps, "-o", output, "--restart")
+        assert status == 0 and f"no step was made: the run has 5 steps, and --steps {steps} counts" in err
+    status, _, err = run(capsys, "relax", crystal, "-o", output)
+    assert status == 1 and "holds an MD run (step 5 of 5)" in err and "--restart" not in err
     before = {path: path.read_bytes() for path in output.iterdir()}
     for options, said in (
         (("--temperature", 310), "temperature was 300.0 and is now 310.0"),
@@ -219,6 +224,7 @@ def test_relax(cell: str, crystal: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert status == 1 and "--overwrite" in err
     status, out, _ = run(capsys, *arguments, "--overwrite")
     assert status == 0 and "converged" in out and "yes" in out
+    assert all(name in out for name in names)
 
 
 def test_relax_that_does_not_converge(crystal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -203,6 +203,7 @@ def test_finished_run_is_not_run_again(seed: int, tmp_path: Path) -> None:
     again = start(settings, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert again.samples == first.samples and again.steps_done == 9 and again.ns_per_day > 0
+    assert (first.steps_before, again.steps_before) == (0, 9)
 
 
 def test_settings_that_nothing_reads_may_differ(unfinished: Path) -> None:

@@ -228,6 +228,11 @@ def md(
         print_json({"structure": str(structure), "model": model, "output": str(output), **result.summary()})
     else:
         stdout.print(summary_table(result, output))
+    if result.steps_before == result.steps_done:
+        say(
+            f"{output}: no step was made: the run has {result.steps_done} steps, and --steps {steps} counts from its "
+            "beginning; more --steps extend it"
+        )
     if result.interrupted:
         how = "--restart in place of --overwrite" if overwrite else "--restart"
         say(f"stopped after {result.steps_done} of {steps} steps; the same command with {how} continues")

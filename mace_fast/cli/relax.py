@@ -93,7 +93,7 @@ def relax(
             trajectory=trajectory.value,
         )
     if not overwrite:
-        require_unused(output)
+        require_unused(output, for_md=False)
     atoms = read_structure(structure).repeat(repeat)
     atoms.calc = make_calculator(model, device, dtype, head, no_verify)
     formula = atoms.get_chemical_formula()
@@ -132,5 +132,6 @@ def _table(result: RelaxResult, output: Path) -> Table:
     table.add_row("largest force", f"{last.largest_force:.2e} eV/A")
     if first.volume is not None and last.volume is not None and result.settings.cell != "fixed":
         table.add_row("volume", f"{last.volume:.5g} A^3, {100 * (last.volume / first.volume - 1):+.3f} %")
-    table.add_row("files", f"{output}: relaxed.extxyz, trajectory.{result.settings.trajectory}, log.csv, picture.png")
+    names = ["relaxed.extxyz", "relaxed.cif", f"trajectory.{result.settings.trajectory}", "log.csv", "picture.png"]
+    table.add_row("files", f"{output}: {', '.join(name for name in names if (output / name).exists())}")
     return table

@@ -56,6 +56,7 @@ class MDResult:
         interrupted: whether it was stopped.
         step_seconds: median wall time of a step, with its share of the log; NaN if no step was ever made.
         num_atoms: of the structure.
+        steps_before: of the steps, those that an earlier call had made; all where there was nothing left to do.
     """
 
     samples: tuple[Sample, ...]
@@ -64,6 +65,7 @@ class MDResult:
     step_seconds: float
     num_atoms: int
     settings: MDSettings
+    steps_before: int = 0
 
     @property
     def ns_per_day(self) -> float:
@@ -89,6 +91,7 @@ class MDResult:
         return {
             "atoms": self.num_atoms,
             "steps": self.steps_done,
+            "steps_before": self.steps_before,
             "interrupted": self.interrupted,
             "milliseconds_per_step": 1000 * self.step_seconds,
             "ns_per_day": self.ns_per_day,
@@ -107,8 +110,12 @@ def trajectory_name(settings: MDSettings) -> str:
     return f"trajectory.{settings.trajectory}"
 
 
-def require_unused(output: Path, what: str = "run") -> None:
+def require_unused(output: Path, *, for_md: bool = True) -> None:
     """Refuse a directory in which a run would overwrite another.
+
+    Args:
+        output: the directory; it may be missing.
+        for_md: whether dynamics are to run there, which could continue what is there, and not a relaxation.
 
     Raises:
         RestartError: says what is there and how to continue or replace it.
@@ -118,6 +125,11 @@ def require_unused(output: Path, what: str = "run") -> None:
     if restart.exists():
         saved = load_restart(restart)
         steps = saved.settings["steps"]
+        if not for_md:
+            raise RestartError(
+                f"{output}: holds an MD run (step {saved.step} of {steps}); --output names another directory, "
+                "--overwrite replaces it"
+            )
         if saved.step < steps:
             raise RestartError(
                 f"{output}: holds an unfinished run (step {saved.step} of {steps}); --restart continues it, "
@@ -130,7 +142,7 @@ def require_unused(output: Path, what: str = "run") -> None:
     for name in (LOG_FILE, *_TRAJECTORIES):
         if (output / name).exists() and (output / name).stat().st_size:
             raise RestartError(
-                f"{output}: holds {name} of an earlier {what} that left no restart file; --overwrite replaces it, "
+                f"{output}: holds {name} of an earlier run that left no restart file; --overwrite replaces it, "
                 "--output names another directory"
             )
 
@@ -295,6 +307,7 @@ class _Run:
             step_seconds=float(np.median(self.step_times)),
             num_atoms=len(self.atoms),
             settings=settings,
+            steps_before=self.first_step,
         )
 
     def _record(self, step: int) -> None:
@@ -355,6 +368,7 @@ def _finished(saved: Restart, settings: MDSettings, output: Path) -> MDResult:
         step_seconds=saved.seconds_per_step,
         num_atoms=len(saved.positions),
         settings=settings,
+        steps_before=saved.step,
     )
 
 
