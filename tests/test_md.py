@@ -17,9 +17,10 @@ from mace_fast import zoo
 from mace_fast.calculators import MACEFastCalculator
 from mace_fast.errors import StructureError
 from mace_fast.md.dynamics import MDResult, run
-from mace_fast.md.files import Sample
+from mace_fast.md.files import Sample, read_log
 from mace_fast.md.integrators import prepare_velocities
 from mace_fast.md.picture import draw_run
+from mace_fast.md.restart import RESTART_FILE, load_restart
 from mace_fast.md.settings import MDSettings
 from mace_fast.md.speed import time_steps
 
@@ -123,6 +124,46 @@ def test_explosion_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(StructureError, match="step 0: the energy is not finite"):
         run(copper(Exploding()), MDSettings(5), tmp_path)
+
+
+@pytest.mark.parametrize("trajectory", ["extxyz", "traj"])
+def test_blown_up_run_is_stopped(trajectory: str, tmp_path: Path) -> None:
+    """Far too long a step: an error with the step; what was written before is whole, and not of the blown-up state."""
+    settings = MDSettings(
+        500, "nve", timestep=200.0, log_interval=2, restart_interval=3, trajectory=trajectory, temperature=2000.0
+    )
+    with pytest.raises(StructureError, match=r"step (\d+): .*(blown up|not finite).*try a shorter timestep") as caught:
+        run(copper(), settings, tmp_path, restart_seconds=0)
+    stopped = int(str(caught.value).split()[1].rstrip(":"))
+    rows = read_log(tmp_path / "log.csv")
+    frames = ase.io.read(tmp_path / f"trajectory.{trajectory}", index=":")
+    assert [row.step for row in rows] == [frame.info["step"] for frame in frames] == list(range(0, stopped, 2))
+    assert all(row.temperature < 2e5 for row in rows)
+    restart = load_restart(tmp_path / RESTART_FILE)
+    assert restart.step < stopped and np.isfinite(restart.momenta).all()
+
+
+def test_a_step_that_the_model_refuses_is_named(tmp_path: Path) -> None:
+    class Refusing(EMT):
+        def calculate(self, *arguments: object, **more: object) -> None:
+            super().calculate(*arguments, **more)
+            if abs(self.atoms.positions).max() > 1e3:
+                raise StructureError("no pairs")
+
+    atoms = copper(Refusing())
+    atoms.set_velocities(np.full((32, 3), 1e3))
+    with pytest.raises(StructureError, match="^step 11: no pairs; try a shorter timestep"):
+        run(atoms, MDSettings(50, "nve"), tmp_path)
+
+
+def test_runs_that_are_meant_to_be_hot_go_on(tmp_path: Path) -> None:
+    """A start of 10 keV for one atom, as of a cascade; and a thermostat at 10^5 K."""
+    atoms = copper()
+    atoms.set_velocities(np.eye(32, 3) * np.sqrt(2 * 10_000 / 63.5))
+    result = run(atoms, MDSettings(20, "nve", timestep=0.01, log_interval=1), tmp_path / "cascade")
+    assert result.samples[0].temperature > 1e5 and result.steps_done == 20
+    hot = MDSettings(20, timestep=0.05, temperature=1.5e5, friction=1.0)
+    assert run(copper(), hot, tmp_path / "plasma").samples[-1].temperature > 1e5
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,13 @@ from mace_fast.md.settings import TRAJECTORY_FORMATS, MDSettings
 EXISTING = ("refuse", "continue", "replace")
 LOG_FILE = "log.csv"
 PICTURE_FILE = "picture.png"
+# A temperature that is above both, in K and as a multiple of the start's and the thermostat's, is an integration that
+# diverges: 1e5 K are 13 eV for each atom, more than holds any of them. Shock waves, cascades and plasmas start hot.
+_HOTTEST, _HOTTER = 1e5, 100.0
+_BLOWN_UP = (
+    "try a shorter timestep, relax the structure first, and see that the model was trained on such structures. "
+    "What was written before this step is whole"
+)
 _TRAJECTORIES = tuple(f"trajectory.{name}" for name in TRAJECTORY_FORMATS)
 
 
@@ -182,7 +189,9 @@ def run(
     Raises:
         RestartError: see ``existing``; a restart file that is damaged or of another run, files that were changed,
             another process at work in ``output``.
-        StructureError: energy or temperature stopped being finite; a structure that the integrator cannot take.
+        StructureError: the energy stopped being finite, the temperature rose above 1e5 K and a hundred times the
+            highest of the start's and of ``settings.temperature``, or the model refused a step's structure: the message
+            has the step, and the files end with the last row before it. A structure that the integrator cannot take.
     """
     if existing not in EXISTING:
         raise ValueError(f"existing={existing!r} is none of {', '.join(EXISTING)}")
@@ -279,8 +288,11 @@ class _Run:
         interrupted = False
         while step < settings.steps and not interrupted:
             before = time.perf_counter()
-            self.dynamics.run(1)
             step += 1
+            try:
+                self.dynamics.run(1)
+            except StructureError as exc:
+                raise StructureError(f"step {step}: {exc}; {_BLOWN_UP}") from exc
             interrupted = stop is not None and stop()
             last = interrupted or step == settings.steps
             regular = step % settings.log_interval == 0
@@ -293,6 +305,7 @@ class _Run:
                 self._places()  # on disk before the restart file says that the run has come so far
                 self._save(step, places)
             elif step % settings.restart_interval == 0:
+                self._temperature(step)  # a run that has blown up leaves the restart file of an earlier step
                 if time.perf_counter() - self.saved_at >= self.restart_seconds:
                     self._save(step, self._places())
                     self.saved_at = time.perf_counter()
@@ -323,7 +336,7 @@ class _Run:
         atoms = self.atoms
         potential, kinetic = float(atoms.get_potential_energy()), float(atoms.get_kinetic_energy())
         if not np.isfinite([potential, kinetic]).all():
-            raise StructureError(f"step {step}: the energy is not finite; try a shorter timestep")
+            raise StructureError(f"step {step}: the energy is not finite; {_BLOWN_UP}")
         pressure = None
         if self.settings.ensemble == "npt":
             stress = atoms.get_stress(voigt=False, include_ideal_gas=True)
@@ -335,10 +348,24 @@ class _Run:
             kinetic_energy=kinetic,
             total_energy=potential + kinetic,
             conserved_energy=conserved_energy(self.dynamics, potential + kinetic),
-            temperature=temperature(atoms, self.settings),
+            temperature=self._temperature(step),
             volume=float(atoms.get_volume()) if atoms.cell.rank == 3 else None,
             pressure=pressure,
         )
+
+    def _temperature(self, step: int) -> float:
+        """Of the atoms now, K; refused where no run that was meant to be so hot could be."""
+        now = temperature(self.atoms, self.settings)
+        if step == 0:
+            return now
+        start = self.samples[0].temperature
+        limit = max(_HOTTEST, _HOTTER * max(start, self.settings.temperature))
+        if not now <= limit:  # not finite, too
+            raise StructureError(
+                f"step {step}: the run has blown up: {now:.3g} K, from {start:.4g} K at its start (the limit is "
+                f"{limit:.3g} K); {_BLOWN_UP}"
+            )
+        return now
 
     def _places(self) -> tuple[Mark, Mark]:
         return mark(self.log_path), mark(self.trajectory_path)
