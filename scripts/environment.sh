@@ -1,4 +1,4 @@
-# Sourced by demo, test and test-gpu: makes the Python environment of this checkout and sets PYTHON to its interpreter.
+# Sourced by demo and test: makes the Python environment of this checkout and sets PYTHON to its interpreter.
 #
 #   MACE_FAST_VENV          where the environment is made (default: .venv in the checkout)
 #   MACE_FAST_PYTHON        the Python that makes it (default: the newest of python3.13 to python3.10, or python3)
