@@ -75,6 +75,13 @@ def test_splines(seed: int, gpu: None, dtype: torch.dtype, tables: int) -> None:
     test_spline_conv.test_equals_written_weights(seed, "cpu", dtype, tables)
 
 
+@pytest.mark.parametrize("vector, registers, dtype", test_spline_conv.STREAMS)
+def test_coefficients_in_a_stream(
+    seed: int, gpu: None, monkeypatch: pytest.MonkeyPatch, vector: int, registers: int, dtype: torch.dtype
+) -> None:
+    test_spline_conv.check_streams(seed, monkeypatch, "cpu", vector, registers, dtype)
+
+
 @pytest.mark.parametrize("stretch", [7, 64])
 def test_stretches_of_edges(seed: int, gpu: None, monkeypatch: pytest.MonkeyPatch, stretch: int) -> None:
     test_spline_conv.test_stretches_of_edges_add_up(seed, monkeypatch, "cpu", stretch, 20)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from oracles import assert_close, mace_product
 
 from mace_fast.inference.tables import SplineTable, tabulate
 from mace_fast.kernels import ChannelwiseTensorProduct, channelwise_tp_conv, edge_graph
+from mace_fast.kernels.description.channelwise import Path
+from mace_fast.kernels.ops import channelwise_run
 from mace_fast.kernels.ops import spline_conv as ops
 from mace_fast.kernels.ops.spline_conv import FrozenGraph, RadialSpline, spline_conv
 from mace_fast.kernels.plan import sharing
+from mace_fast.kernels.plan.layout import Schedule
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CUTOFF = 5.0
@@ -39,8 +44,8 @@ def problem(d: ChannelwiseTensorProduct, device: str, dtype: torch.dtype, nodes:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("tables", [1, 3])
-def test_equals_written_weights(seed: int, device: str, dtype: torch.dtype, tables: int) -> None:
-    d = mace_product(1, 20)
+def test_equals_written_weights(seed: int, device: str, dtype: torch.dtype, tables: int, mul: int = 20) -> None:
+    d = mace_product(1, mul)
     x, y, r, graph, frozen = problem(d, device, dtype, 7, 90)
     radial = functions(d.weight_numel, tables)
     pair = torch.randint(0, tables, (90,), dtype=torch.int32, device=device) if tables > 1 else None
@@ -140,6 +145,58 @@ def test_edges_beyond_the_cutoff_change_nothing(
         assert torch.equal(of_all[far], torch.zeros_like(of_all[far]))
     if device == "cpu" and limit == 512:  # a GPU shares receivers out by the length of the list
         assert torch.equal(z, expected)
+
+
+STREAMS = [(1, 9, torch.float64), (2, 80, torch.float32), (4, 40, torch.float32)]
+"""Channels of a thread, and registers for outputs: segments of one path, of several, and several segments."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vector, registers, dtype", STREAMS)
+def test_coefficients_in_a_stream(
+    seed: int, monkeypatch: pytest.MonkeyPatch, vector: int, registers: int, dtype: torch.dtype
+) -> None:
+    check_streams(seed, monkeypatch, "cuda", vector, registers, dtype)
+
+
+def stream(patch: pytest.MonkeyPatch, schedule: Schedule) -> None:
+    """This schedule for all kernels of splines."""
+    launch = channelwise_run.cuda_launch
+
+    def of_splines(*args: Any) -> channelwise_run.Launch:
+        return launch(*args[:4], schedule) if args[2].order else launch(*args)
+
+    patch.setattr(channelwise_run, "cuda_launch", of_splines)
+
+
+def check_streams(
+    seed: int, patch: pytest.MonkeyPatch, device: str, vector: int, registers: int, dtype: torch.dtype
+) -> None:
+    stream(patch, Schedule(vector, registers, prefetch=True))
+    test_equals_written_weights(seed, device, dtype, tables=3, mul=32 * vector)
+    if dtype == torch.float64:
+        test_edges_beyond_the_cutoff_change_nothing(seed, patch, device, 16, 32 * vector)
+        test_paths_without_weights(seed, device, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_paths_without_weights(seed: int, device: str, dtype: torch.dtype) -> None:
+    """First, last and between those that have weights."""
+    degrees = [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, 1)]
+    paths = tuple(Path(a, b, k, 0.5 + k, weighted=k in (1, 3)) for k, (a, b, _) in enumerate(degrees))
+    d = ChannelwiseTensorProduct(((32, 0), (32, 1)), ((1, 0), (1, 1)), tuple((32, c) for _, _, c in degrees), paths)
+    x, y, r, graph, frozen = problem(d, device, dtype, 7, 90)
+    (radial,) = functions(d.weight_numel, 1)
+    table = tabulate("f", [radial], CUTOFF, torch.float64)
+    z = spline_conv(d, x, y, r, frozen, on_device(table, None, device, dtype))
+    x2, y2, r2 = (t.detach().cpu().double().requires_grad_() for t in (x, y, r))
+    oracle = channelwise_tp_conv(d, x2, y2, radial(r2), graph.to("cpu"))
+    assert_close(z, oracle, terms=1e4)
+    g = torch.randn_like(oracle)
+    got = torch.autograd.grad(z, (x, y, r), g.to(device, dtype))
+    for a, b in zip(got, torch.autograd.grad(oracle, (x2, y2, r2), g), strict=True):
+        assert_close(a, b, terms=1e4)
 
 
 def test_wrong_operands_are_named(seed: int) -> None:

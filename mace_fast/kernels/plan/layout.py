@@ -132,7 +132,8 @@ class Schedule:
         vector: neighbouring channels that a thread holds: 1, 2 or 4. What is the same for all channels (indices, forms
             of y, the sum over channels for the gradient of y) is then done once for several, and loads are wider.
         registers: 32-bit registers of outputs a thread may hold; decides how many segments there are.
-        prefetch: whether operands of the next edge are loaded while the current one is worked on.
+        prefetch: whether operands of the next edge are loaded while the current one is worked on; those of splines are
+            a stream then, see headers/channelwise_stream.cuh.
         ring: edges whose weights and x are in shared memory or on their way there, instead of in registers: 0 (none),
             or 3 and more. For products whose channels fill all warps, with weights that lie side by side.
         cluster: receivers whose edges a block of backward goes through by sender, their gradients in shared memory:

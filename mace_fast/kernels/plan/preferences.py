@@ -38,8 +38,8 @@ def preferred(role: Role, item_bytes: int) -> tuple[Preference, ...]:
     Read off benchmarks/results/h100-tune*.json, for splines h200-tune-splines.json. Segments that have to follow one
     another lost everywhere, and so did most that spill. Sums over channels (backward) gain from many registers and few
     segments; what only streams weights (forward) from a ring of edges in shared memory, which leaves the registers to
-    the outputs, or from loading ahead where one warp works alone on a receiver; splines from wide loads, of products
-    with few outputs from more warps instead.
+    the outputs, or from loading ahead where one warp works alone on a receiver; splines from wide loads, and from a
+    stream of coefficients but where a thread has gradients of many outputs to hold.
     """
     ahead, most = Schedule(2, 80, True), THREAD_REGISTERS
     if role.sums:
@@ -48,17 +48,15 @@ def preferred(role: Role, item_bytes: int) -> tuple[Preference, ...]:
         return _preferred_double(role)
     if role.spline and role.backward:
         return (
-            Preference(Schedule(2, 40, False), 110),
+            Preference(Schedule(4, 80, True), 200, segments=1),
             Preference(Schedule(4, 120, False), most),
             Preference(Schedule(2, 80, False), 210),
         )
     if role.spline:
         return (
-            Preference(ahead, 0, alone=200),
-            Preference(Schedule(4, 40, False), 100),
-            Preference(Schedule(4, 120, False), 180),
-            Preference(Schedule(2, 40, False), 115),
-            Preference(ahead, 180),
+            Preference(Schedule(4, 80, True), 150, segments=1),
+            Preference(Schedule(4, 120, True), 210),
+            Preference(ahead, 200),
         )
     if role.backward and role.dual:
         return (

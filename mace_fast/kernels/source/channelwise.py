@@ -33,6 +33,7 @@ _CUDA_HEADERS = (
     "channelwise_operands.cuh",
     "channelwise_ring.cuh",
     "channelwise_tile.cuh",
+    "channelwise_stream.cuh",
     "channelwise_walk.cuh",
     "channelwise_gradient.cuh",
     "channelwise_conv.cuh",
@@ -256,6 +257,7 @@ def _segment_struct(
         "    static constexpr int " + ", ".join(f"{key} = {value}" for key, value in constants.items()) + ";",
         f"    static constexpr bool EXACT = {'true' if layout.exact else 'false'};",
         f"    static constexpr bool PREFETCH = {'true' if layout.schedule.prefetch else 'false'};",
+        "    static constexpr bool STREAMED = ORDER > 0 && PREFETCH;",
         "};",
         f"}}  // namespace segment{number}",
     ]
@@ -283,6 +285,9 @@ def cuda_source(
     multiprocessor, if it is not left to the compiler how many should."""
     layout = plan(description, item_bytes, variant.role, schedule)
     segments = layout.segments
+    if variant.order and layout.schedule.prefetch and resident is None:
+        # Left to itself, the compiler gives up registers for more warps, and what is on its way no longer fits.
+        resident = 1
     ctype = _ctype(item_bytes)
     dual = "true" if variant.dual else "false"
     text = [

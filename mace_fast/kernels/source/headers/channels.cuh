@@ -35,6 +35,9 @@ MF_INLINE void store(float* at, Vec<float, 4> v) {
 }
 MF_INLINE void store(double* at, Vec<double, 2> v) { *reinterpret_cast<double2*>(at) = make_double2(v.v[0], v.v[1]); }
 
+// What lies there, or zeros.
+template <class C, class T> MF_INLINE C load_if(bool active, const T* at) { return active ? load(at, C()) : C(); }
+
 template <class T> MF_INLINE T shared_load(const T* at, T) { return *at; }
 MF_INLINE Vec<float, 2> shared_load(const float* at, Vec<float, 2>) {
     const float2 p = *reinterpret_cast<const float2*>(at);

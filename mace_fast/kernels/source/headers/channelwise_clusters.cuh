@@ -34,8 +34,7 @@ template <class S, int RECEIVERS> struct ClusterGradients {
                 for (int k = 0; k < Slot::DIM; ++k)
                     if ((Slot::BASE + k) % 2 == item % 2)
                         store(target + (Slot::BASE + k) * WIDTH,
-                              EdgeOperands<S, false, false>::read(row + Slot::offset(image) + k * Slot::MUL,
-                                                                  S::EXACT || u < Slot::MUL));
+                              load_if<C>(S::EXACT || u < Slot::MUL, row + Slot::offset(image) + k * Slot::MUL));
             });
         }
         __syncthreads();

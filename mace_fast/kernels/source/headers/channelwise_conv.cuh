@@ -50,7 +50,7 @@ MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& i
                             const Operands<typename S::T>& tangent, const Spline<typename S::T>& spline, int image,
                             const Sums<typename S::T>& sums) {
     typedef typename S::T T;
-    typedef EdgeOperands<S, DUAL, false> Edge;
+    typedef typename OperandsOf<S, DUAL, false>::type Edge;
     typedef typename Edge::N N;
     typedef typename NumberOf<DUAL, T>::type M;
     extern __shared__ __align__(16) char memory[];
@@ -64,15 +64,16 @@ MF_INLINE void conv_forward(const Graph& graph, const Operands<typename S::T>& i
 #pragma unroll
             for (int k = 0; k < S::NZ; ++k) fill(sum[k], zero);
         },
-        [&](int slot, const Edge& operands) {
+        [&](int slot, Edge& operands) {
             S::Paths::each([&](auto path) {
                 typedef decltype(path) Path;
                 M m[Path::PADDED];
                 N wx[Path::DX];
                 read_forms<Path>(shared, slot, m);
+                const auto& w = operands.template weight<Path>();
 #pragma unroll
                 for (int i = 0; i < Path::DX; ++i) {
-                    if constexpr (Path::WEIGHTED) multiply(wx[i], operands.w[Path::INDEX], operands.x[Path::X + i]);
+                    if constexpr (Path::WEIGHTED) multiply(wx[i], w, operands.x[Path::X + i]);
                     else wx[i] = operands.x[Path::X + i];
                 }
                 Path::forward(wx, m, sum + Path::Z);
@@ -115,14 +116,14 @@ MF_INLINE void conv_backward(const Graph& graph, const Range& range, int first, 
 #pragma unroll
                 for (int k = 0; k < Slot::DIM; ++k)
                     grad[Slot::BASE + k] =
-                        Edge::read(row + Slot::offset(image) + k * Slot::MUL, S::EXACT || u < Slot::MUL);
+                        load_if<C>(S::EXACT || u < Slot::MUL, row + Slot::offset(image) + k * Slot::MUL);
             });
             if constexpr (WANT_Z) {
 #pragma unroll
                 for (int k = 0; k < S::NZ; ++k) fill(sum[k], zero);
             }
         },
-        [&](int slot, const Edge& operands) {
+        [&](int slot, Edge& operands) {
             typename Gradient::OfX of_x;
             typename Gradient::OfY of_y;
             of_x.clear();

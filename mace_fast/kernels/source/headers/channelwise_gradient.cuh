@@ -1,6 +1,6 @@
 // What backward kernels do with an edge, in whatever order they go through edges.
 #pragma once
-#include "channelwise_tile.cuh"
+#include "channelwise_stream.cuh"
 
 namespace mf {
 
@@ -26,7 +26,7 @@ template <int COUNT, int BIT = 16, class T> MF_INLINE void sum_over_lanes(T* val
 template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W, bool WANT_Z = false> struct EdgeGradient {
     typedef typename S::T T;
     static constexpr bool SPLINE = S::ORDER > 0;
-    typedef EdgeOperands<S, DUAL, SPLINE> Edge;
+    typedef typename OperandsOf<S, DUAL, SPLINE>::type Edge;
     typedef typename Edge::C C;
     typedef typename Edge::N N;
     typedef typename NumberOf<DUAL, T>::type M;
@@ -60,7 +60,7 @@ template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W, bool WANT_Z
     // Adds to those of x and y and to the sums z, and writes those of w. `gradient_of(path, room)` says where the gradients of
     // the path's outputs are, or puts them into `room`.
     template <class Gradient>
-    MF_INLINE void add(int slot, const Edge& operands, OfX& x, OfY& y, N* z, Gradient gradient_of) const {
+    MF_INLINE void add(int slot, Edge& operands, OfX& x, OfY& y, N* z, Gradient gradient_of) const {
         T* dw_row = WANT_W ? dw + index_t(shared.edge[slot]) * S::NUMEL : nullptr;
         S::Paths::each([&](auto path) {
             typedef decltype(path) Path;
@@ -70,13 +70,13 @@ template <class S, bool DUAL, bool WANT_X, bool WANT_Y, bool WANT_W, bool WANT_Z
             N t[Path::DX];
             if (WANT_X || WANT_W || WANT_Z || SPLINE) read_forms<Path>(shared, slot, m);
             if (WANT_X || WANT_W || SPLINE) Path::transpose(g, m, t);
-            const N& w = operands.w[Path::INDEX];
+            const auto& w = operands.template weight<Path>();
             if (WANT_X) multiply_add_each<Path::DX>(x.x + Path::X, w, t);
             if constexpr ((WANT_W || SPLINE) && Path::WEIGHTED) {
                 N sum;
                 multiply(sum, operands.x[Path::X], t[0]);
                 multiply_add_sum<Path::DX - 1>(sum, operands.x + Path::X + 1, t + 1);
-                if constexpr (SPLINE) add_across(y.radius, operands.slope[Path::INDEX], result_of(sum));
+                if constexpr (SPLINE) add_across(y.radius, operands.template slope<Path>(), result_of(sum));
                 else if (S::EXACT || u < Path::MUL)
                     store(dw_row + Path::column(image) + index_t(u) * Path::W_STRIDE, result_of(sum));
             }

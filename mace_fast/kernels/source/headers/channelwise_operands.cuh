@@ -4,8 +4,11 @@
 
 namespace mf {
 
+template <int INDEX, class First, class... Rest> struct ItemAt { typedef typename ItemAt<INDEX - 1, Rest...>::type type; };
+template <class First, class... Rest> struct ItemAt<0, First, Rest...> { typedef First type; };
 template <class... Items> struct List {
     template <class F> MF_INLINE static void each(F&& f) { (f(Items{}), ...); }
+    template <int INDEX> using At = ItemAt<INDEX, Items...>;
 };
 
 // Device pointers of a graph sorted by receiver, without copying it: position -> edge through `order`.

@@ -121,12 +121,15 @@ MF_INLINE void read_forms(const Shared<S, DUAL>& shared, int slot, M (&m)[Path::
 }
 
 // x and w of one edge, for the channels from u on; with SLOPE also the derivative of w along its interval.
-template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
+template <class S, bool DUAL, bool SLOPE = false> struct EdgeOperands {
     typedef typename S::T T;
     typedef typename ChannelsOf<T, S::VEC>::type C;
     typedef typename NumberOf<DUAL, C>::type N;
     N x[S::NX], w[S::NW];
-    C slope[SLOPE ? S::NW : 1];
+    C slopes[SLOPE ? S::NW : 1];
+
+    template <class Path> MF_INLINE const N& weight() const { return w[Path::INDEX]; }
+    template <class Path> MF_INLINE const C& slope() const { return slopes[Path::INDEX]; }
 
     MF_INLINE void load_from(const Ring<S, DUAL>& ring, bool x_tangent, bool w_tangent) {
         S::X::each([&](auto block) {
@@ -151,8 +154,6 @@ template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
         });
     }
 
-    MF_INLINE static C read(const T* at, bool active) { return active ? load(at, C()) : C(); }
-
     MF_INLINE void load_all(const Operands<T>& in, const Operands<T>& tangent, const Spline<T>& spline,
                             const Shared<S, DUAL>& shared, int slot, int u, int image) {
         load_x(in, tangent, shared, slot, u, image);
@@ -174,7 +175,7 @@ template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
             for (int i = 0; i < Block::DIM; ++i) {
                 const index_t at = s + Block::offset(image) + i * Block::MUL;
                 x[Block::BASE + i] =
-                    Make<N>::of(read(in.x + at, active), read(tangent.x + at, DUAL && tangent.x && active));
+                    Make<N>::of(load_if<C>(active, in.x + at), load_if<C>(DUAL && tangent.x && active, tangent.x + at));
             }
         });
     }
@@ -196,16 +197,16 @@ template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
                 C one;
                 fill(one, T(1));
                 w[Path::INDEX] = Make<N>::of(one, C());
-                if (SLOPE) slope[Path::INDEX] = C();
+                if (SLOPE) slopes[Path::INDEX] = C();
             } else if constexpr (S::ORDER > 0) {
                 C c[S::ORDER];
 #pragma unroll
-                for (int q = 0; q < S::ORDER; ++q) c[q] = read(row + q * S::NUMEL + (column - u), active);
-                if (SLOPE) slope[Path::INDEX] = spline_slope<S::ORDER>(c, t);
+                for (int q = 0; q < S::ORDER; ++q) c[q] = load_if<C>(active, row + q * S::NUMEL + (column - u));
+                if (SLOPE) slopes[Path::INDEX] = spline_slope<S::ORDER>(c, t);
                 w[Path::INDEX] = Make<N>::of(spline_value<S::ORDER>(c, t), C());
             } else {
-                w[Path::INDEX] = Make<N>::of(read(in.w + e + column, active),
-                                             read(tangent.w + e + column, DUAL && tangent.w && active));
+                w[Path::INDEX] = Make<N>::of(load_if<C>(active, in.w + e + column),
+                                             load_if<C>(DUAL && tangent.w && active, tangent.w + e + column));
             }
         });
     }
