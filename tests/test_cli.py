@@ -115,6 +115,13 @@ def test_info_of_every_kind(variant: str, tmp_path: Path, capsys: pytest.Capture
     assert run_json(capsys, "info", tmp_path / "a.model")["class"] in ("MACE", "ScaleShiftMACE")
 
 
+def test_info_says_where_charge_and_spin_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(zoo.build(zoo.small_variants()["embeddings"]), tmp_path / "a.model")
+    assert run_json(capsys, "info", tmp_path / "a.model")["further_inputs"] == ["total_charge", "total_spin"]
+    _, out, _ = run(capsys, "info", tmp_path / "a.model")
+    assert "total_charge (charge=)" in out and "total_spin (spin=)" in out
+
+
 def test_convert_verifies_and_writes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "fast.model"
     result = run_json(capsys, "convert", folder / "my.model", "-o", output)

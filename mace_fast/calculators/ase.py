@@ -17,7 +17,7 @@ from mace.modules import MACE
 
 from mace_fast.calculators.batches import evaluate_batch, pack
 from mace_fast.calculators.derived import descriptors, fresh, hessian
-from mace_fast.calculators.graph import GraphBuilder, take
+from mace_fast.calculators.graph import INFO_KEYS, GraphBuilder, take
 from mace_fast.calculators.models import Verify, choose_head, prepared_models, require_one_committee
 from mace_fast.calculators.results import ase_results, find_not_finite, not_finite, total_energies
 from mace_fast.calculators.snapshot import Snapshot, changes_since
@@ -180,12 +180,7 @@ class MACEFastCalculator(Calculator):
         self.length_units_to_A = length_units_to_A
         self.compute_atomic_stresses = compute_atomic_stresses
         self.charges_key = charges_key
-        default_info_keys = {
-            "total_spin": "spin",
-            "total_charge": "charge",
-            "external_field": "external_field",
-        }
-        self.info_keys = dict(default_info_keys if info_keys is None else info_keys)
+        self.info_keys = dict(INFO_KEYS if info_keys is None else info_keys)
         self.arrays_keys = {**(arrays_keys or {}), charges_key: "charges"}
 
         first = self.models[0]

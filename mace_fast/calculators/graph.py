@@ -21,6 +21,9 @@ from mace_fast.inference.verlet import Structures
 # Values that mace-torch gives to graph-level features that a structure does not state (mace.data.AtomicData).
 FEATURE_DEFAULTS = {"total_charge": 0.0, "total_spin": 1.0, "elec_temp": 0.0}
 
+# Where atoms.info has the features whose names mace-torch's calculator does not read (MACECalculator's info_keys).
+INFO_KEYS = {"total_spin": "spin", "total_charge": "charge", "external_field": "external_field"}
+
 
 @dataclass(frozen=True)
 class Edges:

@@ -143,7 +143,8 @@ def info(model: Model, json: Json = False) -> None:
         print_json({"model": model, **facts, "modules": [match_as_dict(m) for m in matches]})
         return
     table = Table.grid(padding=(0, 2))
-    for name, value in facts.items():
+    shown = {**facts, "further_inputs": [_with_key(name) for name in facts["further_inputs"]]}
+    for name, value in shown.items():
         table.add_row(name.replace("_", " "), _shown(value))
     stdout.print(table)
     stdout.print(match_table(matches))
@@ -232,6 +233,14 @@ def _correlation(product: EquivariantProductBasisBlock) -> int | None:
 def _distance_transform(model: MACE) -> str | None:
     transform = model.radial_embedding._modules.get("distance_transform")
     return None if transform is None else type(transform).__name__
+
+
+def _with_key(feature: str) -> str:
+    """With the key of a structure's information that it is read from, where that is another name."""
+    from mace_fast.calculators.graph import INFO_KEYS
+
+    key = INFO_KEYS.get(feature, feature)
+    return feature if key == feature else f"{feature} ({key}=)"
 
 
 def _shown(value: Any) -> str:
