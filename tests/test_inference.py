@@ -22,6 +22,7 @@ from mace_fast.inference.edges import SortedEdges
 from mace_fast.inference.frozen import atomic_forces, edge_vectors
 from mace_fast.inference.packed import Packed
 from mace_fast.inference.padded import padded_parts, refill, without_edges
+from mace_fast.inference.radial import radial_weights
 from mace_fast.inference.tables import interpolate, tabulate
 from mace_fast.patch.api import convert, verify
 from mace_fast.verification.graphs import default_dtype
@@ -422,6 +423,15 @@ def test_tables_are_proven_and_refused(seed: int) -> None:
     assert float(interpolate(table.rows, torch.tensor([float(table.intervals) + 5])).abs().max()) == 0.0
     with pytest.raises(UnsupportedModuleError, match="cannot be tabulated"):
         tabulate("g", [lambda r: torch.sin(4000 * r)[:, None]], 5.0, torch.float32)
+
+
+def test_rounding_that_no_grid_makes_smaller_is_let_pass() -> None:
+    """Of two hydrogen atoms in a model that transforms distances, on the finest grid; what is rougher is refused."""
+    model = convert(zoo.build(zoo.small_variants()["transform_Agnesi"]), verify=False)
+    table = tabulate("f", [radial_weights(model, 1, 0, 0)], float(model.r_max), torch.float64)
+    assert table.intervals == 4096 and 2e-14 < table.error < 1e-13
+    with pytest.raises(UnsupportedModuleError, match="off by .*allowed: 1e-13"):
+        tabulate("g", [lambda r: (torch.sin(r) + 1e-12 * torch.sin(1e9 * r))[:, None]], 5.0, torch.float64)
 
 
 @pytest.mark.parametrize(("dtype", "slope"), [(torch.float32, 1e-7), (torch.float64, 1e-12)])

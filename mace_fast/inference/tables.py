@@ -29,6 +29,10 @@ _GRIDS = {
 _TOLERANCE = {torch.float32: 4e-9, torch.float64: 2e-14}
 """Error between knots over the largest value; a tenth of the rounding of the type and less."""
 
+_FINEST_TOLERANCE = {torch.float32: 4e-9, torch.float64: 1e-13}
+"""The same on the finest grid. Where it is more than above there, it is rounding, of lengths and in the network, which
+no grid makes smaller. Weights of up to 10 that change by 60 each A have 2e-14."""
+
 _SLOPE_TOLERANCE = {torch.float32: 1e-7, torch.float64: 1e-10}
 """Error of the slope, which forces are made of, over the largest slope. The rounding of a length in float32 changes the
 slope by more."""
@@ -76,13 +80,15 @@ def tabulate(name: str, functions: list[RadialFunction], cutoff: float, dtype: t
     polynomials = _through_values if dtype == torch.float32 else _through_derivatives
     hardest = 0  # the function that the grid before was too coarse for: it shows soonest whether the next one is
     for intervals, order in _GRIDS[dtype]:
+        finest = (intervals, order) == _GRIDS[dtype][-1]
+        tolerance = (_FINEST_TOLERANCE if finest else _TOLERANCE)[dtype]
         rows: list[Tensor | None] = [None] * len(functions)
         errors = []
         for number in [hardest, *(n for n in range(len(functions)) if n != hardest)]:
             rows[number] = table = polynomials(functions[number], cutoff, intervals, order)
             errors.append(_errors(table, functions[number], cutoff, intervals))
             error, slope_error = errors[-1]
-            if error > _TOLERANCE[dtype] or slope_error > _SLOPE_TOLERANCE[dtype]:
+            if error > tolerance or slope_error > _SLOPE_TOLERANCE[dtype]:
                 hardest = number
                 break
         else:
@@ -90,7 +96,7 @@ def tabulate(name: str, functions: list[RadialFunction], cutoff: float, dtype: t
             return SplineTable(torch.cat([r for r in rows if r is not None]), intervals, cutoff, error, slope_error)
     raise UnsupportedModuleError(
         f"the radial network of {name} cannot be tabulated: with {intervals} intervals its spline is off by "
-        f"{error:.1e} of the largest weight (allowed: {_TOLERANCE[dtype]:.0e}), and its slope by {slope_error:.1e} of "
+        f"{error:.1e} of the largest weight (allowed: {tolerance:.0e}), and its slope by {slope_error:.1e} of "
         f"the largest (allowed: {_SLOPE_TOLERANCE[dtype]:.0e}); use mace_fast.convert, which keeps the networks"
     )
 
