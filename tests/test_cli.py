@@ -115,6 +115,23 @@ def test_info_of_every_kind(variant: str, tmp_path: Path, capsys: pytest.Capture
     assert run_json(capsys, "info", tmp_path / "a.model")["class"] in ("MACE", "ScaleShiftMACE")
 
 
+@pytest.mark.parametrize("command", ["md", "relax"])
+def test_the_charge_of_one_cell_is_not_that_of_several(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(zoo.build(zoo.small_variants()["embeddings"]), tmp_path / "a.model")
+    atoms = zoo.water(1)
+    monkeypatch.chdir(tmp_path)
+    made = []
+    for charge in (1, 0):
+        atoms.info = {"charge": charge, "spin": 1}
+        ase.io.write("a.xyz", atoms)
+        options = ("a.xyz", "-m", "a.model", "--no-verify", "--device", "cpu", "-o", f"out{charge}", "--steps", 1)
+        made.append(run(capsys, command, *options, "--repeat", 2))
+    assert made[0][0] == 2 and "makes 8 copies" in made[0][2] and not Path("out1").exists()
+    assert "copies" not in made[1][2] and Path("out0").exists()
+
+
 def test_info_says_where_charge_and_spin_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(zoo.build(zoo.small_variants()["embeddings"]), tmp_path / "a.model")
     assert run_json(capsys, "info", tmp_path / "a.model")["further_inputs"] == ["total_charge", "total_spin"]

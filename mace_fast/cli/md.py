@@ -19,6 +19,7 @@ from mace_fast.cli.running import (
     interrupt_flag,
     make_calculator,
     model_identity,
+    require_own_features,
 )
 from mace_fast.files import published
 from mace_fast.md.settings import MDSettings
@@ -201,6 +202,7 @@ def md(
             say(f"{output}: no run to continue; beginning one")
     atoms = read_structure(structure).repeat(repeat)
     atoms.calc = make_calculator(model, device, dtype, head, no_verify)
+    require_own_features(atoms, atoms.calc, repeat)
     formula = atoms.get_chemical_formula()
     with progress_bar() as progress, interrupt_flag() as interrupted:
         task = progress.add_task(formula, total=steps, status="")

@@ -12,7 +12,15 @@ from rich.table import Table
 from mace_fast.cli.console import print_json, progress_bar, say, stdout
 from mace_fast.cli.md import TrajectoryFormat
 from mace_fast.cli.options import Device, Dtype, Head, Json, ModelOption, NoVerify, read_structure, usage_errors
-from mace_fast.cli.running import INTERRUPTED, Overwrite, Repeat, Structure, interrupt_flag, make_calculator
+from mace_fast.cli.running import (
+    INTERRUPTED,
+    Overwrite,
+    Repeat,
+    Structure,
+    interrupt_flag,
+    make_calculator,
+    require_own_features,
+)
 from mace_fast.errors import MaceFastError
 from mace_fast.files import published
 
@@ -96,6 +104,7 @@ def relax(
         require_unused(output, for_md=False)
     atoms = read_structure(structure).repeat(repeat)
     atoms.calc = make_calculator(model, device, dtype, head, no_verify)
+    require_own_features(atoms, atoms.calc, repeat)
     formula = atoms.get_chemical_formula()
     with progress_bar() as progress, interrupt_flag() as interrupted:
         task = progress.add_task(formula, total=steps, status="")

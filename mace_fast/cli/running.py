@@ -15,6 +15,8 @@ from mace_fast.cli.console import say
 from mace_fast.cli.options import Precision, choose_device, usage_errors
 
 if TYPE_CHECKING:
+    from ase import Atoms
+
     from mace_fast.calculators import MACEFastCalculator
 
 INTERRUPTED = 130
@@ -44,6 +46,25 @@ def make_calculator(
         )
     say_what_is_proven(calculator)
     return calculator
+
+
+def require_own_features(atoms: Atoms, calculator: MACEFastCalculator, repeat: int) -> None:
+    """A charge or spin, or another further input of the model, is that of the structure in the file.
+
+    Raises:
+        typer.BadParameter: the structure has one that is not the default, and is repeated.
+    """
+    from mace_fast.calculators.graph import FEATURE_DEFAULTS
+
+    if repeat == 1:
+        return
+    for name, spec in (getattr(calculator.models[0], "embedding_specs", None) or {}).items():
+        key = calculator.info_keys.get(name, name)
+        if spec["per"] != "atom" and key in atoms.info and atoms.info[key] != FEATURE_DEFAULTS.get(name):
+            raise typer.BadParameter(
+                f"--repeat {repeat} makes {repeat**3} copies, and {key}={atoms.info[key]} ({name}) is that of one: "
+                "write the supercell to a file with its own, and leave --repeat out"
+            )
 
 
 def say_what_is_proven(calculator: MACEFastCalculator) -> None:
