@@ -282,7 +282,7 @@ def cuda_source(
 ) -> CudaSource:
     """One CUDA translation unit: the kernel ``<variant.entry>_0`` for all segments of the plan, side by side; or one for
     each segment, ``_0``, ``_1`` ..., where they have to follow one another. ``resident``: blocks that must fit on a
-    multiprocessor, if it is not left to the compiler how many should."""
+    multiprocessor, if it is not left to the compiler how many should; streams of coefficients ask for one anyway."""
     layout = plan(description, item_bytes, variant.role, schedule)
     segments = layout.segments
     if variant.order and layout.schedule.prefetch and resident is None:

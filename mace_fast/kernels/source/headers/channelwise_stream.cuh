@@ -19,27 +19,28 @@ template <class S, bool SLOPE> struct StreamedOperands {
     const int u, image;
     const T* row;   // of the coefficients that are loaded next
     int following;  // slot of the edge after this one
-    C x[S::NX], next_x[S::NX];
+    C x[S::NX];
+    EdgeOperands<S, false, SLOPE> next;  // x alone of that edge
     C c[S::NW][S::ORDER];
     C last_slope;
     T place;
 
     // Before the first edge of a tile.
     MF_INLINE void start(int slot) {
-        row = row_of(slot);
-        load_x(slot);
+        row = coefficients_of(spline, shared, slot, u);
+        next.load_x(in, in, shared, slot, u, image);
         S::Paths::each([&](auto path) {
             typedef decltype(path) Path;
-            if constexpr ((Path::INDEX < AHEAD)) load_coefficients<Path>();
+            if constexpr ((Path::INDEX < AHEAD)) load<Path>();
         });
     }
 
-    // Begins an edge. `next`: the slot of the edge after it; where there is none any edge of the tile stands for it.
-    MF_INLINE void enter(int slot, int next) {
+    // Begins an edge. `after`: the slot of the edge after it; where there is none any edge of the tile stands for it.
+    MF_INLINE void enter(int slot, int after) {
         place = shared.place[slot];
-        following = next;
+        following = after;
 #pragma unroll
-        for (int i = 0; i < S::NX; ++i) x[i] = next_x[i];
+        for (int i = 0; i < S::NX; ++i) x[i] = next.x[i];
     }
 
     // Every path asks once for each edge, in the order of the list.
@@ -51,36 +52,17 @@ template <class S, bool SLOPE> struct StreamedOperands {
         } else {
             fill(value, T(1));
         }
-        if constexpr (Path::INDEX == S::NW - AHEAD) row = row_of(following);
-        load_coefficients<typename S::Paths::template At<(Path::INDEX + AHEAD) % S::NW>::type>();
-        if constexpr (Path::INDEX == S::NW - 1) load_x(following);
+        if constexpr (Path::INDEX == S::NW - AHEAD) row = coefficients_of(spline, shared, following, u);
+        load<typename S::Paths::template At<(Path::INDEX + AHEAD) % S::NW>::type>();
+        if constexpr (Path::INDEX == S::NW - 1) next.load_x(in, in, shared, following, u, image);
         return value;
     }
     // Along the interval, of the weight that was made last.
     template <class Path> MF_INLINE const C& slope() const { return last_slope; }
 
 private:
-    MF_INLINE void load_x(int slot) {
-        const T* from = in.x + shared.sender[slot] * index_t(S::X_ROW) + u;
-        S::X::each([&](auto block) {
-            typedef decltype(block) Block;
-#pragma unroll
-            for (int i = 0; i < Block::DIM; ++i)
-                next_x[Block::BASE + i] =
-                    load_if<C>(S::EXACT || u < Block::MUL, from + Block::offset(image) + i * Block::MUL);
-        });
-    }
-    MF_INLINE const T* row_of(int slot) const {
-        return spline.rows + shared.interval[slot] * index_t(S::ORDER * S::NUMEL) + u;
-    }
-
-    template <class Path> MF_INLINE void load_coefficients() {
-        if constexpr (Path::WEIGHTED) {
-            const index_t column = Path::column(image) + index_t(u) * (Path::W_STRIDE - 1);
-#pragma unroll
-            for (int q = 0; q < S::ORDER; ++q)
-                c[Path::INDEX][q] = load_if<C>(S::EXACT || u < Path::MUL, row + q * S::NUMEL + column);
-        }
+    template <class Path> MF_INLINE void load() {
+        if constexpr (Path::WEIGHTED) load_coefficients<S, Path>(row, u, image, c[Path::INDEX]);
     }
 };
 

@@ -120,8 +120,24 @@ MF_INLINE void read_forms(const Shared<S, DUAL>& shared, int slot, M (&m)[Path::
     for (int q = 0; q < Path::PADDED; ++q) m[q] = Make<M>::of(value[q], DUAL ? tangent[q] : T(0));
 }
 
+// The coefficients of an edge's interval, from where those of channel u and of weights in column 0 are.
+template <class S, bool DUAL>
+MF_INLINE const typename S::T* coefficients_of(const Spline<typename S::T>& spline, const Shared<S, DUAL>& shared,
+                                               int slot, int u) {
+    return spline.rows + shared.interval[slot] * index_t(S::ORDER * S::NUMEL) + u;
+}
+
+// Those of a path among them.
+template <class S, class Path, class C>
+MF_INLINE void load_coefficients(const typename S::T* of_edge, int u, int image, C* c) {
+    const index_t column = Path::column(image) + index_t(u) * (Path::W_STRIDE - 1);
+#pragma unroll
+    for (int q = 0; q < S::ORDER; ++q)
+        c[q] = load_if<C>(S::EXACT || u < Path::MUL, of_edge + q * S::NUMEL + column);
+}
+
 // x and w of one edge, for the channels from u on; with SLOPE also the derivative of w along its interval.
-template <class S, bool DUAL, bool SLOPE = false> struct EdgeOperands {
+template <class S, bool DUAL, bool SLOPE> struct EdgeOperands {
     typedef typename S::T T;
     typedef typename ChannelsOf<T, S::VEC>::type C;
     typedef typename NumberOf<DUAL, C>::type N;
@@ -186,7 +202,7 @@ template <class S, bool DUAL, bool SLOPE = false> struct EdgeOperands {
         const T* row = nullptr;
         T t = T(0);
         if constexpr (S::ORDER > 0) {
-            row = spline.rows + shared.interval[slot] * index_t(S::ORDER * S::NUMEL) + u;
+            row = coefficients_of<S, DUAL>(spline, shared, slot, u);
             t = shared.place[slot];
         }
         S::Paths::each([&](auto path) {
@@ -200,8 +216,7 @@ template <class S, bool DUAL, bool SLOPE = false> struct EdgeOperands {
                 if (SLOPE) slopes[Path::INDEX] = C();
             } else if constexpr (S::ORDER > 0) {
                 C c[S::ORDER];
-#pragma unroll
-                for (int q = 0; q < S::ORDER; ++q) c[q] = load_if<C>(active, row + q * S::NUMEL + (column - u));
+                load_coefficients<S, Path>(row, u, image, c);
                 if (SLOPE) slopes[Path::INDEX] = spline_slope<S::ORDER>(c, t);
                 w[Path::INDEX] = Make<N>::of(spline_value<S::ORDER>(c, t), C());
             } else {
