@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,10 +80,15 @@ def test_channel_counts_on_gpu(seed: int, mul: int) -> None:
     check_all_orders(mace_product(1, mul), torch.float32, "cuda", nodes=7, edges=60)
 
 
-def use_schedule(patch: pytest.MonkeyPatch, schedule: Schedule) -> None:
-    """One schedule for all kernels, whatever the plan prefers."""
+def use_schedule(patch: pytest.MonkeyPatch, schedule: Schedule, *, splines_alone: bool = False) -> None:
+    """One schedule for all kernels, or for those of splines, whatever the plan prefers."""
     launch = channelwise_run.cuda_launch
-    patch.setattr(channelwise_run, "cuda_launch", lambda *args: launch(*args[:4], schedule))
+
+    def scheduled(*args: Any) -> channelwise_run.Launch:
+        variant = args[2]
+        return launch(*args[:4], schedule) if variant.order or not splines_alone else launch(*args)
+
+    patch.setattr(channelwise_run, "cuda_launch", scheduled)
 
 
 @pytest.mark.gpu

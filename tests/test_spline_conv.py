@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from oracles import assert_close, mace_product
+from test_channelwise import use_schedule
 
 from mace_fast.inference.tables import SplineTable, tabulate
 from mace_fast.kernels import ChannelwiseTensorProduct, channelwise_tp_conv, edge_graph
 from mace_fast.kernels.description.channelwise import Path
-from mace_fast.kernels.ops import channelwise_run
 from mace_fast.kernels.ops import spline_conv as ops
 from mace_fast.kernels.ops.spline_conv import FrozenGraph, RadialSpline, spline_conv
 from mace_fast.kernels.plan import sharing
@@ -159,20 +157,10 @@ def test_coefficients_in_a_stream(
     check_streams(seed, monkeypatch, "cuda", vector, registers, dtype)
 
 
-def stream(patch: pytest.MonkeyPatch, schedule: Schedule) -> None:
-    """This schedule for all kernels of splines."""
-    launch = channelwise_run.cuda_launch
-
-    def of_splines(*args: Any) -> channelwise_run.Launch:
-        return launch(*args[:4], schedule) if args[2].order else launch(*args)
-
-    patch.setattr(channelwise_run, "cuda_launch", of_splines)
-
-
 def check_streams(
     seed: int, patch: pytest.MonkeyPatch, device: str, vector: int, registers: int, dtype: torch.dtype
 ) -> None:
-    stream(patch, Schedule(vector, registers, prefetch=True))
+    use_schedule(patch, Schedule(vector, registers, prefetch=True), splines_alone=True)
     test_equals_written_weights(seed, device, dtype, tables=3, mul=32 * vector)
     if dtype == torch.float64:
         test_edges_beyond_the_cutoff_change_nothing(seed, patch, device, 16, 32 * vector)
