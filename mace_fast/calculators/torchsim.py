@@ -22,6 +22,7 @@ from torch import Tensor
 from mace_fast.calculators.ase import MACEFastCalculator
 from mace_fast.calculators.graph import (
     FEATURE_DEFAULTS,
+    INFO_KEYS,
     check_cells,
     check_feature,
     check_positions,
@@ -44,9 +45,6 @@ def _interface() -> Any:
 
 
 _ModelInterface: Any = _interface()
-
-# The fields of a state whose names are not those of the features.
-_FIELDS = {"total_charge": "charge", "total_spin": "spin"}
 
 
 class MACEFastModel(_ModelInterface):
@@ -186,7 +184,7 @@ class MACEFastModel(_ModelInterface):
         for all systems, else mace-torch's default."""
         systems, atoms = len(ptr) - 1, int(ptr[-1])
         per_atom = spec["per"] == "atom"
-        field = _FIELDS.get(name, name)
+        field = INFO_KEYS.get(name, name)  # a state names them as atoms.info does
         value = state.get(field) if isinstance(state, Mapping) else getattr(state, field, None)
         where = f"the state's field {field!r}"
         if value is not None:

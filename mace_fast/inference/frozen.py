@@ -518,8 +518,10 @@ def _require_frozen_form(model: Any) -> None:
             )
     _require_known_harmonics(model.spherical_harmonics)
     for name, module in model.named_modules():
-        if replaced_forward(module) or call_listener(module):
-            what = call_listener(module) or "a forward that was replaced on the object"
+        what = call_listener(module)
+        if what is None and replaced_forward(module):
+            what = "a forward that was replaced on the object"
+        if what is not None:
             raise UnsupportedModuleError(
                 f"{name or 'the model'} ({class_name(module)}) has {what}, and the frozen form does not call it at "
                 "every evaluation; remove it, or use mace_fast.convert"
